@@ -1,0 +1,467 @@
+"""What the six trainers share and what is no algorithm: seeds, ranks, rows of a dataset, and models with a value head.
+
+    set_seed(seed)                                   one seed for Python, NumPy and torch
+    setup_ranks()                                    torchrun's processes become one group, on GPUs (nccl) or CPUs (gloo)
+    run(main, Config)                                the command line of a script: flags in, one clear sentence out
+    load_rows, load_prompts, load_reward             a local file, a folder or a hub name -> rows, prompts, a reward function
+    writable_folder, newest_checkpoint, MetricsFile  what a run leaves behind
+    AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
+
+Nothing happens at import: no network, no CUDA, no seed.
+"""
+import copy
+import json
+import os
+import random
+import runpy
+import sys
+import tempfile
+import traceback
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
+
+TOY = Path(__file__).resolve().parent / "toy"
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one sentence that says what, where, and what to do. `run` prints it without a traceback."""
+
+
+# ------------------------------------------------------------------------------------------------ seeds, ranks, scripts
+def set_seed(seed: int):
+    """Seeds `random`, `numpy.random` and `torch` (every device) alike, on the calling rank. No rank offset: give each
+    rank its own seed where it should draw its own samples."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def setup_ranks():
+    """Call it before anything of accelerate or Trainer: torchrun's ranks then form one process group.
+
+    Without a GPU both libraries would start WORLD_SIZE independent copies of the job; told to use the CPU, they form a
+    gloo group. With GPUs they need no help; float32 matrix products may use TF32 there. One process: nothing to do."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def run(main, config_class):
+    """The command line of a script: `main(config)` with the flags of `config_class`.
+
+    An InputError ends the process with its one sentence and status 1; any other error keeps its traceback. torchrun
+    stops the other ranks as soon as one has failed, so none waits for ever."""
+    import datasets
+    import transformers
+    import tyro
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    config = tyro.cli(config_class, description=main.__doc__)
+    setup_ranks()
+    try:
+        main(config)
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def explain(what):
+    """Any error inside becomes one sentence: `what`, then the error's own first line and where it was raised."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what}: {reason} ({type(error).__name__}, {Path(place.filename).name}:{place.lineno})") from error
+
+
+def load_rows(name, split="train"):
+    """Rows of a data set, the same for every script -> datasets.Dataset.
+
+    name: a local .jsonl, .json, .csv, .parquet or .txt file (each line a row `text`), a folder written by
+    `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub. Raises InputError."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    if path.is_file() and path.suffix not in kinds:
+        raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use one of {', '.join(kinds)}")
+    with explain(f"data set {name} is neither a readable file or folder nor a data set on the hub"):
+        if path.is_file():
+            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = load_from_disk(str(path))
+            return rows[split] if isinstance(rows, DatasetDict) else rows
+        return load_dataset(str(name), split=split)
+
+
+def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False):
+    """Prompts to answer -> a list of rows {"query": "the plot was", "input_ids": [17, 4, 301]}.
+
+    name: a data set with a column query, prompt, messages (chat, through the tokenizer's template; a last answer of the
+    assistant is left off), text or input_ids. max_length: queries are cut to their first tokens, so many. longest: a query
+    of more tokens than this leaves no room for an answer. keep_columns: rows keep their other columns. Raises InputError."""
+    rows = load_rows(name)
+    known = ("query", "prompt", "messages", "text", "input_ids")
+    column = next((c for c in known if c in rows.column_names), None)
+    if column is None:
+        raise InputError(f"data set {name} has the columns {rows.column_names} and none of {', '.join(known)}: rename the one "
+                         "that holds the prompts")
+
+    def tokenize(number, value):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = value[:-1] if value[-1]["role"] == "assistant" else value
+            ids = tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=False)
+        else:
+            ids = tokenizer(value).input_ids if isinstance(value, str) else list(value or [])
+        ids = ids[:max_length]
+        if not ids:
+            raise InputError(f"data set {name}, row {number}: {column} is empty; remove the row")
+        if longest is not None and len(ids) > longest:
+            raise InputError(f"data set {name}, row {number}: {len(ids)} tokens, and with the answer's the model takes {longest}; "
+                             "set --max-query-length, or fewer --max-new-tokens")
+        return {"query": tokenizer.decode(ids), "input_ids": ids}
+
+    with explain(f"data set {name}: column {column} can't be tokenised"):
+        return [{**(row if keep_columns else {}), **tokenize(number, row[column])} for number, row in enumerate(rows)]
+
+
+def load_reward(name, label=None, device="cpu"):
+    """-> function: a list of texts -> a list of scalar tensors, one score for each. Raises InputError.
+
+    name: `file.py:function` (texts -> numbers), or a sequence classifier's folder or hub name, whose score is the logit of
+    its only label, or of `label` (name or number)."""
+    file, _, function = str(name).rpartition(":")
+    if file.endswith(".py"):
+        with explain(f"reward_model {name} can't be loaded"):
+            score = runpy.run_path(file)[function]
+    else:
+        score = _classifier(name, label, device)
+
+    def checked(texts):
+        with explain(f"reward_model {name} failed on {len(texts)} texts, the first of them {texts[0]!r}"):
+            scores = [torch.tensor(float(number)) for number in score(texts)]
+        if len(scores) != len(texts):
+            raise InputError(f"reward_model {name} returned {len(scores)} scores for {len(texts)} texts: return one for each")
+        return scores
+
+    return checked
+
+
+def _classifier(name, label, device):
+    with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's folder or hub name"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+    labels = {**{str(i): i for i in range(model.config.num_labels)}, **model.config.label2id}
+    if model.config.num_labels > 1 and label is None:
+        raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the one whose logit is the score "
+                         f"with --reward-label, one of {', '.join(model.config.label2id)}")
+    if label is not None and label not in labels:
+        raise InputError(f"reward_label {label!r} is none of {', '.join(model.config.label2id)}")
+    column = 0 if label is None else labels[label]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
+
+    @torch.no_grad()
+    def score(texts):
+        scores = []
+        for i in range(0, len(texts), 64):
+            inputs = tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            scores += model(**inputs.to(device)).logits[:, column].float().tolist()
+        return scores
+
+    return score
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves behind
+def writable_folder(path):
+    """Makes the folder and writes to it, to learn at once whether a week's work could be kept. Raises InputError."""
+    with explain(f"output_dir {path} can't be written"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+
+
+def newest_checkpoint(path):
+    """A folder checkpoint-<n>, or the one of the largest n in the folder of a run. Raises InputError."""
+    path = Path(path)
+    found = [path] if path.name.startswith("checkpoint-") and path.is_dir() else list(path.glob("checkpoint-*"))
+    if not found:
+        raise InputError(f"resume_from {path}: no checkpoint-<n> there; give a checkpoint or the output folder of a run")
+    return max(found, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+class MetricsFile:
+    """metrics.jsonl, a line an update. A run that is resumed drops what was written after its checkpoint."""
+
+    def __init__(self, path, current_step):
+        lines = path.read_text().splitlines() if path.exists() and current_step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= current_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self.path = path
+
+    def write(self, row):
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ models
+def disable_dropout(model):
+    """Two policies are compared token by token: noise in either would count as a difference. Stays in train mode, so that
+    gradient checkpointing works; some models keep the probability as a number of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+class ValueHead(nn.Module):
+    """V(s_t), one number for each token: hidden [..., D] -> values [..., 1], computed in the head's own dtype (float32).
+
+    It starts at zero (Ziegler et al. 2019): the first returns are then the rewards alone, not a random number."""
+
+    def __init__(self, config, summary_dropout_prob=None, hidden_size=None):
+        super().__init__()
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(config, "summary_dropout_prob", None) or 0.0
+        self.dropout = nn.Dropout(summary_dropout_prob)
+        self.summary = nn.Linear(hidden_size or config.hidden_size, 1)
+        nn.init.zeros_(self.summary.weight)
+        nn.init.zeros_(self.summary.bias)
+
+    def forward(self, hidden_states):
+        return self.summary(self.dropout(hidden_states.to(self.summary.weight.dtype)))
+
+
+class PreTrainedModelWrapper(nn.Module):
+    """A language model and a value head on its last hidden state.
+
+    `pretrained_model` is the Hugging Face model (or PeftModel), `v_head` the ValueHead. `state_dict()` has the model's
+    own names, without a prefix, and `v_head.*`."""
+
+    transformers_parent_class = None
+    lm_head_namings = ["lm_head", "embed_out"]
+
+    def __init__(self, pretrained_model, summary_dropout_prob=None):
+        super().__init__()
+        head = pretrained_model.get_output_embeddings()
+        if head is None:
+            names = ", ".join(self.lm_head_namings)
+            raise ValueError(f"{type(pretrained_model).__name__} has no language modelling head ({names}, ...); load a "
+                             f"model that {self.transformers_parent_class.__name__} opens")
+        self.pretrained_model = pretrained_model
+        self.is_peft_model = hasattr(pretrained_model, "peft_config")
+        self.v_head = ValueHead(self.config, summary_dropout_prob, hidden_size=head.weight.shape[1])
+        self.v_head.to(head.weight.device)
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+
+    config = property(lambda self: self.pretrained_model.config)
+    generation_config = property(lambda self: self.pretrained_model.generation_config)
+    device = property(lambda self: self.v_head.summary.weight.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, peft_config=None, is_trainable=False,
+                        reward_adapter=None, summary_dropout_prob=None, require_v_head=None, **kwargs):
+        """
+        pretrained_model_name_or_path: a hub name or a folder (a plain model, one saved by `save_pretrained` here or by
+            TRL 0.7, sharded or not, or a PEFT adapter's folder), or a model object.
+        peft_config: puts a fresh adapter on the model. is_trainable: an adapter that is loaded goes on training.
+        reward_adapter: the folder of a sequence classifier's LoRA adapter, for `compute_reward_score`.
+        require_v_head: True: raise where no value head was saved; None: warn; False: a new one is expected.
+        Everything else goes to the transformers class. Raises ValueError for a model without LM head."""
+        model, head = pretrained_model_name_or_path, None
+        if isinstance(model, (str, Path)):
+            name, model = str(model), _load(cls.transformers_parent_class, str(model), is_trainable, *args, **kwargs)
+            head = read_value_head(name)
+            if head is None and require_v_head is not False:
+                missing = f"{name} holds no value head: it starts at zero"
+                if require_v_head:
+                    raise ValueError(missing)
+                warnings.warn(missing)
+        if peft_config is not None:
+            from peft import get_peft_model
+            if hasattr(model, "peft_config"):
+                raise ValueError("peft_config is given and the model has an adapter already; give one or the other")
+            model = get_peft_model(model, peft_config)
+        wrapped = cls(model, summary_dropout_prob)
+        if head is not None:
+            wrapped.v_head.load_state_dict(head)
+        if reward_adapter is not None:
+            wrapped._add_reward_adapter(str(reward_adapter))
+        return wrapped
+
+    def forward(self, input_ids=None, attention_mask=None, select=None, **kwargs):
+        """-> (logits [B, T, V] in float32, loss or None, values [B, T]).
+
+        select [B, T] (bool): compute logits and values of these N tokens alone -> logits [N, V], values [N]. With a
+        vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory."""
+        hidden = []  # of the last layer, [B, T, D]: what the value head reads
+        decoder, lm_head = self.pretrained_model.get_decoder(), self.pretrained_model.get_output_embeddings()
+        hooks = [decoder.register_forward_hook(lambda module, args, output: hidden.append(output[0]))]
+        if select is not None:
+            hooks += [lm_head.register_forward_pre_hook(lambda module, args: (args[0][select],))]
+        if "past_key_values" not in kwargs:
+            kwargs.setdefault("use_cache", False)
+        try:
+            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = hidden[0] if select is None else hidden[0][select]
+        return output.logits.float(), output.loss, self.v_head(hidden).squeeze(-1)
+
+    def generate(self, *args, **kwargs):
+        """The language model's own `generate`."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """Recomputes activations in the backward pass; non-reentrant, so that it works with frozen embeddings (LoRA)."""
+        self.pretrained_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
+        """Writes the model (or the adapter alone) and, beside it, the value head. The folder opens as the plain model
+        and as this class. state_dict: as of `self.state_dict()`, when it had to be gathered first. Call on one rank."""
+        state_dict = state_dict or self.state_dict()
+        head = {k: v.contiguous() for k, v in state_dict.items() if k.startswith("v_head.")}
+        body = {k: v for k, v in state_dict.items() if not k.startswith(("v_head.", "score."))}
+        if self.is_peft_model:
+            kwargs.setdefault("selected_adapters", [self.pretrained_model.active_adapter])
+            body = None  # peft picks the adapter's weights out itself
+        os.makedirs(save_directory, exist_ok=True)
+        self.pretrained_model.save_pretrained(save_directory, state_dict=body, **kwargs)
+        save_file(head, os.path.join(save_directory, VALUE_HEAD_FILE))
+
+    def push_to_hub(self, repo_id, commit_message="Upload model with value head", private=None, token=None, **kwargs):
+        """Uploads what `save_pretrained` writes to the hub's repository `repo_id`, which is made where absent."""
+        from huggingface_hub import HfApi
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+    def _add_reward_adapter(self, folder):
+        if not self.is_peft_model:
+            raise ValueError("reward_adapter needs a policy with an adapter of its own (peft_config): both share one base")
+        from peft.utils import load_peft_weights
+        policy = self.pretrained_model.active_adapter
+        self.pretrained_model.load_adapter(folder, adapter_name="reward", is_trainable=False)
+        self.pretrained_model.set_adapter(policy)
+        weights = {k: v for k, v in load_peft_weights(folder, device="cpu").items() if k.endswith("score.weight")}
+        if not weights:
+            raise ValueError(f"reward_adapter {folder}: no weights of a score layer; train it as a sequence classifier")
+        (weight,) = weights.values()
+        self.score = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.score.load_state_dict({"weight": weight})
+        self.score.requires_grad_(False)
+
+    @torch.no_grad()
+    def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
+        """Scores of the reward adapter at every token -> [B, T, labels]; read the last real token of each row."""
+        policy, hidden = self.pretrained_model.active_adapter, []
+        keep = lambda module, args, output: hidden.append(output[0])
+        hook = self.pretrained_model.get_decoder().register_forward_hook(keep)
+        self.pretrained_model.set_adapter("reward")
+        try:
+            self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        finally:
+            hook.remove()
+            self.pretrained_model.set_adapter(policy)
+        return self.score(hidden[0].to(self.score.weight.dtype))
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
+    """A decoder-only language model (GPT-2, Llama, Qwen, ...) with a value head."""
+    transformers_parent_class = AutoModelForCausalLM
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
+    """An encoder-decoder language model (T5, BART, ...) with a value head on the decoder."""
+    transformers_parent_class = AutoModelForSeq2SeqLM
+
+
+def _load(auto_class, name, is_trainable, *args, **kwargs):
+    """A plain model, or base model + adapter where `name` is an adapter's folder."""
+    from transformers.utils import find_adapter_config_file
+    if find_adapter_config_file(name) is None:
+        return auto_class.from_pretrained(name, *args, **kwargs)
+    from peft import PeftConfig, PeftModel
+    base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, *args, **kwargs)
+    return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
+
+
+def read_value_head(name):
+    """The weights {"summary.weight", "summary.bias"} of a value head saved in a folder or hub repository, else None.
+
+    Any file of the folder may hold them, under names that begin with `v_head.`: a file of its own (ours), the model's
+    file or one of its shards (TRL 0.7). Only the files' headers are read to find out."""
+    if not os.path.isdir(name):
+        from huggingface_hub import snapshot_download
+        name = snapshot_download(name, allow_patterns=["*.safetensors"])  # in the cache: the model was loaded from them
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            head = {k.removeprefix("v_head."): f.get_tensor(k) for k in f.keys() if k.startswith("v_head.")}
+        if head:
+            return head
+    for file in sorted(Path(name).glob("pytorch_model*.bin")):
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        head = {k.removeprefix("v_head."): v for k, v in weights.items() if k.startswith("v_head.")}
+        if head:
+            return head
+    return None
+
+
+def _without_prefix(module, state_dict, prefix, local_metadata):
+    for key in [k for k in state_dict if k.startswith(prefix + "pretrained_model.")]:
+        state_dict[prefix + key[len(prefix + "pretrained_model."):]] = state_dict.pop(key)
+
+
+def _with_prefix(module, state_dict, prefix, *args):
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        if not key.startswith((prefix + "v_head.", prefix + "score.")):
+            state_dict[prefix + "pretrained_model." + key[len(prefix):]] = state_dict.pop(key)
+
+
+def create_reference_model(model, num_shared_layers=None, pattern=None):
+    """A frozen copy of `model`, in eval mode.
+
+    num_shared_layers: everything up to the decoder's layer of this number (embeddings, and the encoder if there is one)
+        is not copied but shared: the same storage in both models, frozen in both. None: a full copy.
+    pattern: how layers are named, such as "transformer.h.{layer}"; found by itself where None. Raises ValueError."""
+    if num_shared_layers is None:
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    if pattern is None:
+        inner = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
+        stack = next(m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList))
+        pattern = next(name for name, m in model.named_modules() if m is stack) + ".{layer}"
+    parameters = list(model.named_parameters())
+    first = pattern.format(layer=num_shared_layers) + "."
+    cut = next((i for i, (name, _) in enumerate(parameters) if first in name), None)
+    if cut is None:
+        raise ValueError(f"num_shared_layers={num_shared_layers}: no parameter of the model is named *{first}*; give a "
+                         "smaller number, or the pattern of the layers' names")
+    shared = [p for _, p in parameters[:cut]]
+    # deepcopy takes what the memo holds as copied already: the very same parameters, wherever they are tied
+    return copy.deepcopy(model, {id(p): p for p in shared}).requires_grad_(False).eval()
