@@ -105,6 +105,8 @@ def load_rows(name, split="train"):
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     if path.is_file() and path.suffix not in kinds:
         raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use one of {', '.join(kinds)}")
+    if path.suffix in kinds and not path.exists():
+        raise InputError(f"data file {name} does not exist here ({Path.cwd()})")
     with explain(f"data set {name} is neither a readable file or folder nor a data set on the hub"):
         if path.is_file():
             return load_dataset(kinds[path.suffix], data_files=str(path), split="train")

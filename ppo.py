@@ -39,6 +39,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -49,7 +50,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
@@ -224,6 +225,14 @@ def collate(rows):
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     batch["input_ids"] = [torch.as_tensor(ids) for ids in batch["input_ids"]]
     return batch
+
+
+class EpochSampler(DistributedSampler):
+    """Each rank's rows, shuffled anew in every epoch, by seed and epoch alone."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        self.epoch += 1
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
@@ -431,8 +440,7 @@ class PPOTrainer:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         else:
             warnings.warn("no dataset: make a dataloader of your own, with batches of config.batch_size rows")
-        self.model, self.optimizer, self.dataloader, self.lr_scheduler = self.accelerator.prepare(
-            model, optimizer, self.dataloader, lr_scheduler)
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
         self.policy = self.accelerator.unwrap_model(self.model)  # without DDP: for passes that need no gradient
 
         controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
@@ -475,13 +483,17 @@ class PPOTrainer:
             self.policy.pretrained_model.set_adapter(policy)
 
     def prepare_dataloader(self, dataset, data_collator=None):
-        """Shuffled batches of config.batch_size rows, with all their columns; the rest that fills no batch is dropped. Each
-        rank gets its own rows once accelerate has prepared it. Raises ValueError where there is not one batch."""
+        """Shuffled batches of config.batch_size rows of this rank's own, with all their columns; the rest that fills no batch is
+        dropped. The order is that of the seed and the epoch, whatever else is drawn. Raises ValueError for less than a batch."""
         need = self.config.batch_size * self.accelerator.num_processes
         if len(dataset) < need:
             raise InputError(f"the data set has {len(dataset)} rows and one batch takes {need} (batch_size x ranks): "
                              "give more rows or a smaller batch_size")
-        return DataLoader(dataset, self.config.batch_size, shuffle=True, drop_last=True, collate_fn=data_collator or collate)
+        sampler = EpochSampler(dataset, need // self.config.batch_size, self.accelerator.process_index, seed=self.config.seed,
+                               drop_last=True)
+        # a generator of its own: the loader then draws nothing from the one that samples responses
+        return DataLoader(dataset, self.config.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator(),
+                          collate_fn=data_collator or collate)
 
     # ------------------------------------------------------------------ 1. the policy answers
     @torch.no_grad()
@@ -873,8 +885,8 @@ class PPOTrainer:
                 stats[f"ppo/{name}"] = torch.cat(column) if value.dim() else (torch.stack(column) * share).sum()
         epoch = torch.tensor([mb["epoch"] for mb in train_stats])
         for e in range(int(epoch.max()) + 1):  # where the ratio runs away one sees in which epoch
-            ratios = torch.cat([mb["policy/ratio"] for mb in train_stats if mb["epoch"] == e])
-            stats[f"ppo/policy/log_ratio_epoch_{e}"] = ratios.log().abs().mean()
+            sizes = torch.cat([mb["policy/ratio"] for mb in train_stats if mb["epoch"] == e]).log().abs()
+            stats[f"ppo/policy/log_ratio_epoch_{e}"] = sizes.sum() * self.config.world_size / self._sum(tokens[epoch == e].sum())
         return self.gather_stats(stats)
 
     def gather_stats(self, stats):
@@ -1082,8 +1094,8 @@ def main(config: PPOConfig):
     bar = tqdm(total=config.total_ppo_epochs, initial=trainer.current_step, unit="update", disable=log is None)
     while trainer.current_step < config.total_ppo_epochs:
         epoch, done = divmod(trainer.current_step, len(trainer.dataloader))
-        trainer.dataloader.set_epoch(epoch)
-        for batch in trainer.accelerator.skip_first_batches(trainer.dataloader, done):
+        trainer.dataloader.sampler.set_epoch(epoch)
+        for batch in islice(trainer.dataloader, done, None):
             responses, batch["response"], scores = rollout(batch["input_ids"])
             stats = trainer.step(batch["input_ids"], responses, scores)
             trainer.log_stats(stats, batch, scores)

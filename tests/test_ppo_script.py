@@ -1,4 +1,5 @@
 """ppo.py as a user runs it: the command line, what a run leaves behind, kill and resume, and what bad input is told."""
+import ast
 import json
 import os
 import re
@@ -108,14 +109,11 @@ def test_a_value_known_only_at_run_time_is_no_flag():
 
 
 def test_every_option_has_a_sentence():
-    text = script("--help", env={**os.environ, "COLUMNS": "200"}).stdout
-    options = re.findall(r"--([a-z0-9-]+)", text)
-    import ast
     tree = ast.parse((ROOT / "ppo.py").read_text())
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "PPOConfig").body
     fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
     documented = [a.target.id for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
-    assert fields == documented and len(options) > 50
+    assert fields == documented and len(fields) > 50
 
 
 def test_every_option_is_read():
@@ -229,7 +227,7 @@ BAD = {
     "missing column": (dict(rows=[{"question": "a"}] * 4), r"columns \['question'\] and none of query, prompt"),
     "empty query": (dict(rows=[{"query": "a"}, {"query": ""}] * 4), r"row 1: query is empty"),
     "query too long": (dict(rows=[{"query": "the " * 200}] * 4), r"row 0: \d+ tokens.*--max-query-length"),
-    "unknown data file": (dict(query_dataset="nowhere.jsonl"), r"data set nowhere.jsonl is neither a readable file"),
+    "unknown data file": (dict(query_dataset="nowhere.jsonl"), r"data file nowhere.jsonl does not exist here"),
     "unknown model folder": (dict(model_name="./nowhere"), r"model_name ./nowhere can't be loaded"),
     "unknown reward folder": (dict(reward_model="./nowhere"), r"reward_model ./nowhere is neither file.py:function nor"),
     "missing reward function": (dict(reward="x = 1"), r"reward_model .*mine.py:f can't be loaded"),
@@ -281,9 +279,10 @@ def test_on_the_command_line_an_error_is_one_line_and_the_status_is_not_zero(tmp
     assert done.stderr.startswith("ppo.py: error: model_name ./nowhere can't be loaded") and done.stderr.count("\n") == 1
 
 
-def test_a_wrong_size_on_the_command_line_is_one_line_too():
-    done = script("--batch-size", 10, "--mini-batch-size", 3)
-    assert done.returncode == 1 and "batch_size=10 is not a multiple" in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_size_on_the_command_line_is_told_without_a_traceback():
+    done = script("--batch-size", 10, "--mini-batch-size", 3, env={**os.environ, "COLUMNS": "200"})
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "batch_size=10 is not a multiple of" in told and "Traceback" not in told
 
 
 # ------------------------------------------------------------------------------------------------ README

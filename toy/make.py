@@ -191,7 +191,7 @@ def report(model, reward, tokenizer, data):
     chosen, rejected = score_pairs(reward, tokenizer, data["pairs_test"])
     queries = [row["query"] for row in data["prompts"][:512]]
     samples = tokenizer.batch_decode(model.generate(
-        **tokenizer(queries, return_tensors="pt", padding=True), do_sample=True, top_k=0, max_new_tokens=24),
+        **tokenizer(queries, return_tensors="pt", padding=True, padding_side="left"), do_sample=True, top_k=0, max_new_tokens=24),
         skip_special_tokens=True)
     scores, truth = score(reward, tokenizer, samples), torch.tensor([valence(text) for text in samples])
     print(f"weights: {model.num_parameters()} in model, {reward.num_parameters()} in reward; {len(tokenizer)} tokens")
@@ -216,9 +216,11 @@ def main():
     # One layer joins each adjective to its adverb, a second sums up the judgements.
     reward = GPT2ForSequenceClassification(config(tokenizer, layers=2, width=56))
     fit(reward, preference_loss, tokenizer, data["pairs"], epochs=15, lr=2e-3)
-    for name, trained in {"model": model, "reward": reward}.items():
-        trained.eval().save_pretrained(HERE / name)
-        tokenizer.save_pretrained(HERE / name)
+    model.save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model")
+    reward.save_pretrained(HERE / "reward")
+    tokenizer.padding_side = "right"            # the classifier works out no positions: they count from the row's start
+    tokenizer.save_pretrained(HERE / "reward")
     report(model, reward, tokenizer, data)
     size = sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix != ".py" and path.is_file())
     print(f"{size / 1e6:.2f} MB in {HERE.name}/, made in {time.time() - start:.0f} s")
