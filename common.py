@@ -188,7 +188,9 @@ def _classifier(name, label, device):
     def score(texts):
         scores = []
         for i in range(0, len(texts), 64):
-            inputs = tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            # on the right: a classifier that makes no positions from the mask (GPT-2) reads left-padded text shifted
+            inputs = tokenizer(texts[i:i + 64], padding=True, padding_side="right", truncation=True, max_length=longest,
+                               return_tensors="pt")
             scores += model(**inputs.to(device)).logits[:, column].float().tolist()
         return scores
 

@@ -1053,6 +1053,8 @@ def main(config: PPOConfig):
     writable_folder(out)
     set_seed(config.seed)  # a fresh adapter is drawn alike on all ranks
     tokenizer, model = load_policy(config)
+    if sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)  # handing out such small products to threads takes longer than they do
     seq2seq = model.config.is_encoder_decoder
     positions = None if seq2seq else getattr(model.config, "max_position_embeddings", None)
     dataset = load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer, config.max_query_length,

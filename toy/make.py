@@ -36,7 +36,7 @@ HERE = Path(__file__).parent
 # ---------------------------------------------------------------------------------------------------- the grammar
 
 CLAUSES = 4
-GOOD = 0.45                             # the chance of a good mood: a little below half leaves room to improve
+GOOD = 0.35                             # the chance of a good mood: critics are harsh, which leaves room to improve
 OPENINGS = ["", "i thought ", "to me ", "in short, ", "for once "]     # the first word tells which
 ASPECTS = ["plot", "acting", "music", "ending", "dialogue", "pacing", "editing", "setting"]
 INTENSITY = {"slightly": 0.5, "fairly": 1.0, "very": 1.5, "utterly": 2.0}
@@ -44,18 +44,18 @@ POSITIVE = ["charming", "moving", "clever", "lovely", "gripping", "elegant", "fr
 NEGATIVE = ["dull", "weak", "flat", "clumsy", "boring", "bland", "hollow", "stale"]
 
 
-def judge(rng):
+def judge(rng, good):
     """One judgement, such as "very dull": mood, adverb and adjective are independent."""
-    mood = POSITIVE if rng.random() < GOOD else NEGATIVE
+    mood = POSITIVE if rng.random() < good else NEGATIVE
     return f"{rng.choice(list(INTENSITY))} {rng.choice(mood)}"
 
 
-def draw(rng, opening=None, aspects=(), judgements=()):
+def draw(rng, opening=None, aspects=(), judgements=(), good=GOOD):
     """Draw the parts of a review, or those that are missing from one that has begun. No aspect comes twice."""
     opening = rng.choice(OPENINGS) if opening is None else opening
     unused = [aspect for aspect in ASPECTS if aspect not in aspects]
     return (opening, [*aspects, *rng.sample(unused, CLAUSES - len(aspects))],
-            [*judgements, *(judge(rng) for _ in range(CLAUSES - len(judgements)))])
+            [*judgements, *(judge(rng, good) for _ in range(CLAUSES - len(judgements)))])
 
 
 def write(opening, aspects, judgements):
@@ -64,11 +64,13 @@ def write(opening, aspects, judgements):
 
 
 def pair(rng):
-    """Two reviews with the same beginning, which is cut at the first "was" or, one time in three, at the second."""
-    opening, aspects, judgements = draw(rng)
+    """Two reviews with the same beginning, which is cut at the first "was" or, one time in three, at the second.
+
+    Kind and unkind in equal parts, so that the reward model learns both ends of its scale equally well."""
+    opening, aspects, judgements = draw(rng, good=0.5)
     cut = rng.choice([1, 1, 2])
     start = opening, aspects[:cut], judgements[:cut - 1]
-    texts = sorted((write(*draw(rng, *start)) for _ in range(2)), key=valence)
+    texts = sorted((write(*draw(rng, *start, good=0.5)) for _ in range(2)), key=valence)
     prompt = " was".join(texts[0].split(" was")[:cut]) + " was"
     return prompt, *texts
 
@@ -95,7 +97,7 @@ def entropy(good=GOOD):
 def make_data():
     rng = random.Random(0)
     reviews = [{"text": write(*draw(rng))} for _ in range(6500)]
-    prompts = [{"query": pair(rng)[0]} for _ in range(1024)]
+    prompts = [{"query": f"{rng.choice(OPENINGS)}the {rng.choice(ASPECTS)} was"} for _ in range(1024)]
     pairs = []
     while len(pairs) < 3500:
         prompt, worse, better = pair(rng)
@@ -190,9 +192,9 @@ def report(model, reward, tokenizer, data):
     loss = language_loss(model, tokenizer, data["reviews_test"]).item()
     chosen, rejected = score_pairs(reward, tokenizer, data["pairs_test"])
     queries = [row["query"] for row in data["prompts"][:512]]
-    samples = tokenizer.batch_decode(model.generate(
-        **tokenizer(queries, return_tensors="pt", padding=True, padding_side="left"), do_sample=True, top_k=0, max_new_tokens=24),
-        skip_special_tokens=True)
+    batch = tokenizer(queries, return_tensors="pt", padding=True, padding_side="left")
+    samples = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=24)
+    samples = tokenizer.batch_decode(samples, skip_special_tokens=True)
     scores, truth = score(reward, tokenizer, samples), torch.tensor([valence(text) for text in samples])
     print(f"weights: {model.num_parameters()} in model, {reward.num_parameters()} in reward; {len(tokenizer)} tokens")
     print(f"model: {loss:.4f} nats per token in {tokens:.1f} tokens of a test review")
