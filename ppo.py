@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
@@ -314,21 +314,19 @@ def gae(values, rewards, mask, gamma, lam):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
-    """-> loss, ratio [B, R], fraction of tokens where the clip binds."""
+    """-> loss, ratio, tokens where the clip binds (1 or 0). All tensors [B, R] or flat [N]."""
     ratio = torch.exp(logprobs - old_logprobs)                                           # rho_t
     pg_losses = -advantages * ratio
     pg_losses2 = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)      # Schulman et al. 2017, eq. 7
-    pg_clipfrac = masked_mean((pg_losses2 > pg_losses).float(), mask)
-    return masked_mean(torch.max(pg_losses, pg_losses2), mask), ratio, pg_clipfrac
+    return masked_mean(torch.max(pg_losses, pg_losses2), mask), ratio, (pg_losses2 > pg_losses).float()
 
 
 def value_loss(vpreds, values, returns, mask, cliprange_value):
-    """-> loss, fraction of tokens where the clip binds."""
+    """-> loss, tokens where the clip binds (1 or 0). All tensors [B, R] or flat [N]."""
     vpredclipped = torch.clamp(vpreds, values - cliprange_value, values + cliprange_value)
     vf_losses1 = (vpreds - returns) ** 2
     vf_losses2 = (vpredclipped - returns) ** 2
-    vf_clipfrac = masked_mean((vf_losses2 > vf_losses1).float(), mask)
-    return 0.5 * masked_mean(torch.max(vf_losses1, vf_losses2), mask), vf_clipfrac
+    return 0.5 * masked_mean(torch.max(vf_losses1, vf_losses2), mask), (vf_losses2 > vf_losses1).float()
 
 
 class AdaptiveKLController:
@@ -442,6 +440,9 @@ class PPOTrainer:
             warnings.warn("no dataset: make a dataloader of your own, with batches of config.batch_size rows")
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
         self.policy = self.accelerator.unwrap_model(self.model)  # without DDP: for passes that need no gradient
+        # accelerate's wrapper searches the disk for packages at each step; it is needed only where it scales gradients
+        plain = self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        self._stepper = self.optimizer.optimizer if plain else self.optimizer
 
         controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl = controller if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
@@ -585,18 +586,15 @@ class PPOTrainer:
         raw_scores, scores = scores, self._scale(scores)
 
         # the old policy and the reference: log-probabilities and values, without gradient
-        inputs = self.prepare_model_inputs(queries, responses)
-        logprobs, ref_logprobs, values, masks, kls = self._rollout_statistics(queries, responses, inputs, response_masks)
+        layout = self._layout(responses, self.prepare_model_inputs(queries, responses), response_masks)
+        logprobs, ref_logprobs, values, masks, kls = self._rollout_statistics(layout)
         clock.lap("forward_pass")
         rewards, non_score_rewards, kls = self.compute_rewards(scores, logprobs, ref_logprobs, masks, kls)
         clock.lap("compute_rewards")
         values, advantages, returns = self.compute_advantages(values, rewards, masks)
         clock.lap("compute_advantages")
 
-        # from here on flat tensors of each row's response tokens, without padding
-        sizes = [len(response) - int(config.is_encoder_decoder) for response in responses]
-        batch = {"logprobs": logprobs, "values": values, "masks": masks, "advantages": advantages, "returns": returns}
-        batch = {name: [row[:size] for row, size in zip(rows, sizes)] for name, rows in batch.items()}
+        old = torch.stack([logprobs, values, advantages, returns], dim=-1)                            # [B, R, 4]
         train_stats, self._stop = [], False
         self.model.train()
         for epoch in range(config.ppo_epochs):
@@ -604,8 +602,8 @@ class PPOTrainer:
             order = np.random.permutation(len(queries))
             for start in range(0, len(order), config.backward_batch_size):
                 if not self._stop:
-                    rows = order[start:start + config.backward_batch_size]
-                    train_stats += [{**mb, "epoch": epoch} for mb in self._optimizer_step(rows, queries, responses, batch)]
+                    rows = order[start:start + config.backward_batch_size].tolist()
+                    train_stats += [{**mb, "epoch": epoch} for mb in self._optimizer_step(rows, layout, old)]
         clock.lap("optimize_step")
 
         stats = self.record_step_stats(
@@ -676,68 +674,76 @@ class PPOTrainer:
         rows = [torch.cat([query, response]) for query, response in zip(queries, responses)]
         return dict(zip(("input_ids", "attention_mask"), pad(rows)))
 
-    def _rollout_statistics(self, queries, responses, inputs, response_masks):
+    def _rollout_statistics(self, layout):
         """-> logprobs, ref_logprobs, values, masks [B, R], and the exact KL [B, R] where kl_penalty is 'full', else None."""
         full = self.config.kl_penalty == "full"
         with torch.no_grad():
-            logprobs, logits, values, masks = self.batched_forward_pass(
-                self.policy, queries, responses, inputs, return_logits=full, response_masks=response_masks)
+            logprobs, logits, values = self._forward_rows(self.policy, layout, return_logits=full)
             with self.reference() as reference:
-                ref_logprobs, ref_logits, _, _ = self.batched_forward_pass(
-                    reference, queries, responses, inputs, return_logits=full, response_masks=response_masks)
-            kls = full and kl_penalty(logprobs_from_logits(logits, None, gather=False),
-                                      logprobs_from_logits(ref_logits, None, gather=False), "full")
-        return logprobs, ref_logprobs, values, masks, kls if full else None
+                ref_logprobs, ref_logits, _ = self._forward_rows(reference, layout, return_logits=full)
+            kls = kl_penalty(logprobs_from_logits(logits, None, gather=False),
+                             logprobs_from_logits(ref_logits, None, gather=False), "full") if full else None
+        return logprobs, ref_logprobs, values, layout["masks"], kls
 
     def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False, response_masks=None):
         """-> logprobs [B, R], logits [B, R, V] or None, values [B, R], masks [B, R]; R = the longest response, column 0 its
-        first token (with an encoder-decoder: the first after the start token). Zero where there is no token.
+        first token (with an encoder-decoder: the first after the start token). Zero where the mask is.
 
         model_inputs: as of `prepare_model_inputs`, padded on either side. The logits are those of softmax(logits /
         temperature). Without gradient the rows run in large batches of similar length, with gradient all at once."""
+        layout = self._layout(responses, model_inputs, response_masks)
+        return *self._forward_rows(model, layout, return_logits), layout["masks"]
+
+    def _layout(self, responses, model_inputs, response_masks=None):
+        """Where the response tokens are, worked out once for all passes over a batch.
+
+        -> tokens, labels, select [B, T] (position t of a row, if selected, predicts the label that is its token t + 1),
+        masks [B, R], lengths (list of B), and the encoder's inputs, if there is one."""
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
-        sizes = torch.tensor([len(response) - len(prefix and "1") for response in responses], device=self.accelerator.device)
-        attention = model_inputs[prefix + "attention_mask"]
-        lengths = attention.sum(1)
-        to_the_front = attention.argsort(dim=1, descending=True, stable=True)
-        inputs = {**model_inputs, **{prefix + name: model_inputs[prefix + name].gather(1, to_the_front)
-                                     for name in ("input_ids", "attention_mask")}}
-        masks = torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None]                  # [B, R]
-        logprobs, logits, values = torch.zeros(masks.shape, device=sizes.device), None, torch.zeros(masks.shape, device=sizes.device)
-        chunks = [list(range(len(queries)))] if torch.is_grad_enabled() else chunk_by_length(lengths.tolist(), FORWARD_TOKENS)
-        for rows in chunks:
-            width = int(lengths[rows].max())
-            part = {name: x[rows, :width] if name.startswith(prefix) else x[rows] for name, x in inputs.items()}
-            tokens = torch.zeros_like(masks)
-            tokens[rows] = masks[rows]
-            logprobs[tokens], part_logits, values[tokens] = self._forward_tokens(model, part, sizes[rows])
-            if return_logits:
-                logits = part_logits.new_zeros(*masks.shape, part_logits.shape[-1]) if logits is None else logits
-                logits[tokens] = part_logits
-        masks = masks.long()
+        tokens, attention = model_inputs[prefix + "input_ids"], model_inputs[prefix + "attention_mask"]
+        sizes = torch.tensor([[len(response) - len(prefix and "1")] for response in responses], device=tokens.device)
+        column, end = torch.arange(tokens.shape[1], device=tokens.device), attention.sum(1, keepdim=True)
+        # Real tokens to the front. A causal model never looks right: with the padding there it needs no mask, and positions
+        # count from 0 by themselves. (Any token does for padding; some models warn of their padding token without a mask.)
+        tokens = tokens.gather(1, attention.argsort(dim=1, descending=True, stable=True))
+        tokens = tokens.where(column < end, tokens[:, :1])
+        select = (column >= end - 1 - sizes) & (column < end - 1)
+        valid = torch.arange(int(sizes.max()), device=tokens.device) < sizes                          # [B, R]
+        masks = valid.long()
         for i, mask in enumerate(response_masks or []):
-            masks[i, :sizes[i]] *= mask[len(mask) - sizes[i]:].long()
-        return logprobs * masks, logits, values * masks, masks
+            masks[i, :sizes[i, 0]] *= mask[len(mask) - sizes[i, 0]:].long()
+        select[select.clone()] = masks[valid] > 0
+        encoder = {name: model_inputs[name] for name in ("input_ids", "attention_mask")} if prefix else {}
+        return {"tokens": tokens, "labels": tokens.roll(-1, dims=1), "select": select, "masks": masks,
+                "lengths": end[:, 0].tolist(), "encoder": encoder}
 
-    def _forward_tokens(self, model, inputs, sizes):
-        """-> logprobs [N], logits [N, V], values [N] of the rows' response tokens, one row after the other.
+    def _forward_rows(self, model, layout, return_logits=False):
+        """All rows of a layout -> logprobs, logits (or None), values, in [B, R]."""
+        lengths, masks = layout["lengths"], layout["masks"]
+        logprobs, logits = torch.zeros_like(masks, dtype=torch.float32), None
+        values = torch.zeros_like(logprobs)
+        chunks = [range(len(lengths))] if torch.is_grad_enabled() else chunk_by_length(lengths, FORWARD_TOKENS)
+        for rows in map(list, chunks):
+            here = torch.zeros_like(masks, dtype=torch.bool)
+            here[rows] = masks[rows] > 0
+            logprobs[here], chunk_logits, values[here] = self._forward_tokens(model, layout, rows)
+            if return_logits:
+                logits = chunk_logits.new_zeros(*masks.shape, chunk_logits.shape[-1]) if logits is None else logits
+                logits[here] = chunk_logits
+        return logprobs, logits, values
 
-        inputs: padded on the right; sizes [b]: the number of response tokens of each row."""
-        prefix = "decoder_" if self.config.is_encoder_decoder else ""
-        tokens, attention = inputs[prefix + "input_ids"], inputs[prefix + "attention_mask"]
-        column, end = torch.arange(tokens.shape[1], device=tokens.device), attention.sum(1)[:, None]
-        select = (column >= end - 1 - sizes[:, None]) & (column < end - 1)  # position t predicts token t + 1
-        labels = tokens.roll(-1, dims=1)[select]
-        # A causal model never looks right: with the padding there it needs no mask, and positions count from 0 by
-        # themselves. (Any token does for padding; some models warn where they see their padding token and no mask.)
-        arguments = {prefix + "input_ids": tokens.where(column < end, tokens[:, :1])}
-        if prefix:
-            arguments.update(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    def _forward_tokens(self, model, layout, rows):
+        """These rows of a layout -> logprobs [N], logits [N, V], values [N] of their unmasked response tokens, one row after
+        the other. No token beyond the longest of the rows goes through the model, no other logits are computed."""
+        width = max(layout["lengths"][i] for i in rows)
+        tokens, labels, select = (layout[name][rows, :width] for name in ("tokens", "labels", "select"))
+        inputs = {name: x[rows] for name, x in layout["encoder"].items()}
+        inputs["decoder_input_ids" if inputs else "input_ids"] = tokens
         with self.accelerator.autocast():
-            logits, _, values = model(**arguments, select=select)
+            logits, _, values = model(**inputs, select=select)
         if self.config.temperature != 1.0:
             logits = logits / self.config.temperature
-        return logprobs_from_logits(logits, labels), logits, values
+        return logprobs_from_logits(logits, labels[select]), logits, values
 
     def compute_rewards(self, scores, logprobs, ref_logprobs, masks, kls=None):
         """-> rewards, their part without the score, KL penalty, all [B, R] (see R_t at the top).
@@ -766,23 +772,19 @@ class PPOTrainer:
     def _sum(self, tensor):
         return self.accelerator.reduce(tensor, "sum") if self.config.world_size > 1 else tensor
 
-    def _optimizer_step(self, rows, queries, responses, batch):
-        """The minibatches of one optimizer step, which takes these rows of the batch -> their statistics."""
-        config, stats, self._veto = self.config, [], False
-        tokens = self._sum(sum(batch["masks"][j].sum() for j in rows))  # of all micro-batches and ranks: each weighs the same
+    def _optimizer_step(self, rows, layout, old):
+        """The minibatches of one optimizer step, which takes these rows -> their statistics. old: [B, R, 4]."""
+        config, stats, masks, self._veto = self.config, [], layout["masks"], False
+        step_tokens = self._sum(masks[rows].sum())  # of all micro-batches and ranks: each token weighs the same
         for i in range(0, len(rows), config.mini_batch_size):
             mb, last = rows[i:i + config.mini_batch_size], i + config.mini_batch_size >= len(rows)
-            inputs = self.prepare_model_inputs([queries[j] for j in mb], [responses[j] for j in mb])
-            old = {name: torch.cat([flat[j] for j in mb]) for name, flat in batch.items()}            # [N] each
-            sizes = torch.tensor([len(batch["masks"][j]) for j in mb], device=self.accelerator.device)
-            weight = old["masks"].sum() * config.world_size / tokens  # DDP takes the mean of the ranks' gradients
+            old_logprobs, values, advantages, returns = old[mb][masks[mb] > 0].unbind(-1)             # [N] each
+            weight = len(values) * config.world_size / step_tokens  # DDP takes the mean of the ranks' gradients
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                logprobs, logits, vpreds = self._forward_tokens(self.model, inputs, sizes)
-                mb_stats = self.train_minibatch(old["logprobs"], old["values"], logprobs, logits, vpreds, old["masks"],
-                                                old["advantages"], old["returns"], weight, update=last)
-            for name in ("policy/ratio", "policy/advantages"):
-                mb_stats[name] = mb_stats[name][old["masks"] > 0]
-            stats.append({**mb_stats, "tokens": old["masks"].sum()})
+                logprobs, logits, vpreds = self._forward_tokens(self.model, layout, mb)
+                mb_stats = self.train_minibatch(old_logprobs, values, logprobs, logits, vpreds, torch.ones_like(values),
+                                                advantages, returns, weight, update=last)
+            stats.append({**mb_stats, "tokens": len(values)})
         return stats
 
     def train_minibatch(self, old_logprobs, values, logprobs, logits, vpreds, mask, advantages, returns, weight=1.0,
@@ -803,8 +805,8 @@ class PPOTrainer:
             if not self._veto:
                 if self.config.max_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+                self._stepper.step()
+            self._stepper.zero_grad()
             self._veto = False
         return stats
 
@@ -822,28 +824,39 @@ class PPOTrainer:
 
         Where the minibatch's mean ratio (over all ranks) is above ratio_threshold, or not finite, both losses are 0."""
         config = self.config
-        pg_loss, ratio, pg_clipfrac = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-        vf_loss, vf_clipfrac = value_loss(vpreds, values, returns, mask, config.cliprange_value)
+        pg_loss, ratio, pg_clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
+        vf_loss, vf_clipped = value_loss(vpreds, values, returns, mask, config.cliprange_value)
         with torch.no_grad():
-            ratio_sum, n = self._sum(torch.stack([(ratio * mask).sum(), mask.sum()]))
-            skipped = not ratio_sum / n <= config.ratio_threshold
-            if skipped:
-                warnings.warn(f"a minibatch's mean ratio {ratio_sum / n:.2f} is above ratio_threshold "
-                              f"{config.ratio_threshold}: its optimizer step is left out")
-                pg_loss, vf_loss = torch.zeros_like(pg_loss), torch.zeros_like(vf_loss)
-            log_ratio = logprobs - old_logprobs
-            means = {
+            log_ratio, n = logprobs - old_logprobs, mask.sum()
+            tokens = {
                 "policy/entropy": entropy_from_logits(logits), "policy/approxkl": 0.5 * log_ratio**2,
-                "policy/policykl": -log_ratio, "policy/kl_k3": ratio - 1 - log_ratio, "policy/advantages_mean": advantages,
-                "returns/mean": returns, "val/vpred": vpreds, "val/error": (vpreds - returns) ** 2, "val/mean": values}
-            figures = (torch.stack(list(means.values())) * mask).flatten(1).sum(1) / mask.sum()
-            stats = {
+                "policy/policykl": -log_ratio, "policy/kl_k3": ratio - 1 - log_ratio, "policy/clipfrac": pg_clipped,
+                "policy/advantages_mean": advantages, "policy/ratio_mean": ratio, "returns/mean": returns, "returns/var": returns**2,
+                "val/vpred": vpreds, "val/error": (vpreds - returns) ** 2, "val/clipfrac": vf_clipped, "val/mean": values,
+                "val/var": values**2}
+            sums = (torch.stack(list(tokens.values())) * mask).flatten(1).sum(1)
+            stats = dict(zip(tokens, sums / n))
+            for name in ("returns", "val"):  # mean of squares -> unbiased variance
+                stats[f"{name}/var"] = (stats[f"{name}/var"] - stats[f"{name}/mean"] ** 2) * n / (n - 1).clamp(min=1)
+            skipped = self._ratio_too_large(stats["policy/ratio_mean"], n)
+            if skipped:
+                pg_loss, vf_loss = torch.zeros_like(pg_loss), torch.zeros_like(vf_loss)
+            stats.update({
                 "loss/policy": pg_loss, "loss/value": vf_loss, "loss/total": pg_loss + config.vf_coef * vf_loss,
-                "policy/clipfrac": pg_clipfrac, "val/clipfrac": vf_clipfrac, **dict(zip(means, figures)),
-                "policy/advantages": advantages * mask, "policy/ratio": ratio * mask,
-                "policy/skipped": torch.tensor(float(skipped), device=mask.device),
-                "returns/var": masked_var(returns, mask), "val/var": masked_var(values, mask)}
+                "policy/skipped": n.new_tensor(skipped, dtype=torch.float32),
+                "policy/advantages": advantages * mask, "policy/ratio": ratio * mask})
         return pg_loss, config.vf_coef * vf_loss, {name: value.detach() for name, value in stats.items()}
+
+    def _ratio_too_large(self, mean_ratio, n):
+        """Is the mean ratio of this minibatch, over all ranks, above ratio_threshold or not finite?"""
+        if self.config.world_size > 1:
+            total, n = self._sum(torch.stack([mean_ratio * n, n]))
+            mean_ratio = total / n
+        too_large = not mean_ratio.item() <= self.config.ratio_threshold
+        if too_large:
+            warnings.warn(f"a minibatch's mean ratio {mean_ratio:.2f} is above ratio_threshold {self.config.ratio_threshold}: "
+                          "its optimizer step is left out")
+        return too_large
 
     # ------------------------------------------------------------------ 3. what is told and kept
     def record_step_stats(self, kl_coef, **data):
@@ -876,14 +889,14 @@ class PPOTrainer:
 
     def _mean_over_tokens(self, train_stats):
         """The minibatches' statistics -> their means, each minibatch and rank weighing as many as it has tokens."""
-        tokens = torch.stack([mb["tokens"] for mb in train_stats]).float()
+        tokens = torch.tensor([float(mb["tokens"]) for mb in train_stats], device=self.accelerator.device)
         share = tokens * self.config.world_size / self._sum(tokens.sum())
         stats = {}
         for name, value in train_stats[0].items():
             if name not in ("tokens", "epoch"):
                 column = [mb[name] for mb in train_stats]
                 stats[f"ppo/{name}"] = torch.cat(column) if value.dim() else (torch.stack(column) * share).sum()
-        epoch = torch.tensor([mb["epoch"] for mb in train_stats])
+        epoch = torch.tensor([mb["epoch"] for mb in train_stats], device=tokens.device)
         for e in range(int(epoch.max()) + 1):  # where the ratio runs away one sees in which epoch
             sizes = torch.cat([mb["policy/ratio"] for mb in train_stats if mb["epoch"] == e]).log().abs()
             stats[f"ppo/policy/log_ratio_epoch_{e}"] = sizes.sum() * self.config.world_size / self._sum(tokens[epoch == e].sum())
