@@ -240,7 +240,8 @@ def logprobs_from_logits(logits, labels, gather=True):
     """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
     if not gather:
         return F.log_softmax(logits.float(), dim=-1)
-    return -F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none").view(labels.shape)
+    logits = logits.float()
+    return logits.gather(-1, labels[..., None])[..., 0] - logits.logsumexp(-1)  # no copy of [..., V]
 
 
 def entropy_from_logits(logits):
@@ -703,10 +704,7 @@ class PPOTrainer:
         tokens, attention = model_inputs[prefix + "input_ids"], model_inputs[prefix + "attention_mask"]
         sizes = torch.tensor([[len(response) - len(prefix and "1")] for response in responses], device=tokens.device)
         column, end = torch.arange(tokens.shape[1], device=tokens.device), attention.sum(1, keepdim=True)
-        # Real tokens to the front. A causal model never looks right: with the padding there it needs no mask, and positions
-        # count from 0 by themselves. (Any token does for padding; some models warn of their padding token without a mask.)
-        tokens = tokens.gather(1, attention.argsort(dim=1, descending=True, stable=True))
-        tokens = tokens.where(column < end, tokens[:, :1])
+        tokens = tokens.gather(1, attention.argsort(dim=1, descending=True, stable=True))  # real tokens to the front
         select = (column >= end - 1 - sizes) & (column < end - 1)
         valid = torch.arange(int(sizes.max()), device=tokens.device) < sizes                          # [B, R]
         masks = valid.long()
@@ -735,10 +733,12 @@ class PPOTrainer:
     def _forward_tokens(self, model, layout, rows):
         """These rows of a layout -> logprobs [N], logits [N, V], values [N] of their unmasked response tokens, one row after
         the other. No token beyond the longest of the rows goes through the model, no other logits are computed."""
-        width = max(layout["lengths"][i] for i in rows)
+        width, rows = max(layout["lengths"][i] for i in rows), torch.tensor(rows, device=layout["tokens"].device)
         tokens, labels, select = (layout[name][rows, :width] for name in ("tokens", "labels", "select"))
-        inputs = {name: x[rows] for name, x in layout["encoder"].items()}
-        inputs["decoder_input_ids" if inputs else "input_ids"] = tokens
+        if layout["encoder"]:
+            inputs = {**{name: x[rows] for name, x in layout["encoder"].items()}, "decoder_input_ids": tokens}
+        else:  # a causal model never looks right: with the padding there nothing has to be masked, and positions count from 0
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with self.accelerator.autocast():
             logits, _, values = model(**inputs, select=select)
         if self.config.temperature != 1.0:
