@@ -419,6 +419,9 @@ class PPOTrainer:
         project = ProjectConfiguration(**{"project_dir": config.output_dir, **config.project_kwargs})
         self.accelerator = Accelerator(**{"log_with": config.log_with, "project_config": project,
                                           "step_scheduler_with_optimizer": False, **config.accelerator_kwargs})
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise InputError("PPO generates from whole weights and does not train sharded ones (FSDP, DeepSpeed): run it under plain "
+                             "torchrun, a large model with lora_r and torch_dtype=bfloat16")
         ranks = config.world_size = self.accelerator.num_processes
         config.global_batch_size = config.batch_size * ranks
         config.global_backward_batch_size = config.backward_batch_size * ranks
@@ -442,8 +445,7 @@ class PPOTrainer:
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
         self.policy = self.accelerator.unwrap_model(self.model)  # without DDP: for passes that need no gradient
         # accelerate's wrapper searches the disk for packages at each step; it is needed only where it scales gradients
-        plain = self.accelerator.scaler is None and self.accelerator.distributed_type != DistributedType.DEEPSPEED
-        self._stepper = self.optimizer.optimizer if plain else self.optimizer
+        self._stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
 
         controller = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
         self.kl_ctl = controller if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
