@@ -255,7 +255,8 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden_states):
-        return self.summary(self.dropout(hidden_states.to(self.summary.weight.dtype)))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.summary(self.dropout(hidden_states.to(self.summary.weight.dtype)))
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -421,20 +422,27 @@ def read_value_head(name):
 
     Any file of the folder may hold them, under names that begin with `v_head.`: a file of its own (ours), the model's
     file or one of its shards (TRL 0.7). Only the files' headers are read to find out."""
-    if not os.path.isdir(name):
-        from huggingface_hub import snapshot_download
-        name = snapshot_download(name, allow_patterns=["*.safetensors"])  # in the cache: the model was loaded from them
-    for file in sorted(Path(name).glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            head = {k.removeprefix("v_head."): f.get_tensor(k) for k in f.keys() if k.startswith("v_head.")}
-        if head:
-            return head
-    for file in sorted(Path(name).glob("pytorch_model*.bin")):
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        head = {k.removeprefix("v_head."): v for k, v in weights.items() if k.startswith("v_head.")}
-        if head:
-            return head
+    for kind in ("*.safetensors", "pytorch_model*.bin"):
+        folder = name
+        if not os.path.isdir(name):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(name, allow_patterns=[kind])  # in the cache already: the model was loaded from it
+        files = sorted(Path(folder).glob(kind))
+        for file in files:
+            head = _head_of(file)
+            if head:
+                return head
+        if files:  # a repository with both kinds holds the same in both
+            break
     return None
+
+
+def _head_of(file):
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as f:
+            return {k.removeprefix("v_head."): f.get_tensor(k) for k in f.keys() if k.startswith("v_head.")}
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    return {k.removeprefix("v_head."): v for k, v in weights.items() if k.startswith("v_head.")}
 
 
 def _without_prefix(module, state_dict, prefix, local_metadata):

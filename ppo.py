@@ -413,6 +413,10 @@ class PPOTrainer:
             raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
         if not hasattr(model, "v_head"):
             raise ValueError(f"model must have a value head (AutoModelForCausalLMWithValueHead), not be {type(model).__name__}")
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise ValueError(f"tokenizer must be the model's tokenizer, not {type(tokenizer).__name__}")
+        if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
+            raise ValueError(f"ref_model must be a model with a value head, not {type(ref_model).__name__}")
         setup_ranks()
         set_seed(config.seed)
         self.config, self.tokenizer = config, tokenizer
@@ -451,6 +455,7 @@ class PPOTrainer:
         self.kl_ctl = controller if config.adap_kl_ctrl else FixedKLController(config.init_kl_coef)
         self.running = RunningMoments(self.accelerator)
         self.current_step, self.highest_reward = 0, -math.inf
+        self._veto, self._stop, self._moved = False, False, torch.zeros(2, dtype=torch.float64)  # see train_minibatch
         self.accelerator.register_for_checkpointing(self)
         if config.log_with:
             plain = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
@@ -535,11 +540,12 @@ class PPOTrainer:
                 if length_sampler is not None:
                     kwargs["max_new_tokens"] = length_sampler()
                 lengths = torch.tensor([len(queries[i]) for i in picked])
-                ids = pad_sequence([queries[i] for i in picked], True, kwargs["pad_token_id"], padding_side="left")
-                mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+                side = "right" if self.config.is_encoder_decoder else "left"  # positions then count from the first token
+                ids = pad_sequence([queries[i] for i in picked], True, kwargs["pad_token_id"], padding_side=side)
+                mask = pad_sequence([torch.ones_like(queries[i]) for i in picked], True, 0, padding_side=side)
                 with self.accelerator.autocast():
                     output = model.generate(input_ids=ids.to(self.accelerator.device),
-                                            attention_mask=mask.long().to(self.accelerator.device), **kwargs)
+                                            attention_mask=mask.to(self.accelerator.device), **kwargs)
                 # what was given: the padded query, or the decoder's start token
                 given = 1 if self.config.is_encoder_decoder else ids.shape[1]
                 for i, length, row in zip(picked, lengths.tolist(), output):
@@ -572,8 +578,9 @@ class PPOTrainer:
             raise ValueError("a rollout is one sampled response for each query: no beams, no num_return_sequences")
         draw = [TemperatureLogitsWarper(temperature)] * (temperature != 1.0) + [DrawToken()]
         kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), *draw])
-        # for `generate` this is greedy decoding; the other three are its defaults, whatever the model's own settings are
-        return {**kwargs, "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        # for `generate` this is greedy decoding; the rest are its defaults, whatever the model's own settings for chats are
+        return {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **kwargs, "do_sample": False, "temperature": 1.0,
+                "top_k": 50, "top_p": 1.0}
 
     # ------------------------------------------------------------------ 2. one PPO update
     def step(self, queries, responses, scores, response_masks=None):
@@ -646,7 +653,7 @@ class PPOTrainer:
                 raise InputError(f"scores[{i}] is {score.item()}: scores must be finite; mend the reward function")
             if len(responses[i]) < least:
                 raise InputError(f"responses[{i}] is empty: generate at least one token")
-            if masks is not None and (len(masks[i]) != len(responses[i]) or not masks[i].any()):
+            if masks is not None and (len(masks[i]) != len(responses[i]) or not masks[i][least - 1:].any()):
                 raise InputError(f"response_masks[{i}] must be as long as responses[{i}] ({len(responses[i])}) and not all 0")
         sizes = gather_object([batch_size])
         if len(set(sizes)) > 1:
@@ -706,14 +713,16 @@ class PPOTrainer:
         tokens, attention = model_inputs[prefix + "input_ids"], model_inputs[prefix + "attention_mask"]
         sizes = torch.tensor([[len(response) - len(prefix and "1")] for response in responses], device=tokens.device)
         column, end = torch.arange(tokens.shape[1], device=tokens.device), attention.sum(1, keepdim=True)
-        tokens = tokens.gather(1, attention.argsort(dim=1, descending=True, stable=True))  # real tokens to the front
+        to_the_front = lambda x, mask: x.gather(1, mask.argsort(dim=1, descending=True, stable=True))
+        tokens = to_the_front(tokens, attention)
         select = (column >= end - 1 - sizes) & (column < end - 1)
         valid = torch.arange(int(sizes.max()), device=tokens.device) < sizes                          # [B, R]
         masks = valid.long()
         for i, mask in enumerate(response_masks or []):
             masks[i, :sizes[i, 0]] *= mask[len(mask) - sizes[i, 0]:].long()
         select[select.clone()] = masks[valid] > 0
-        encoder = {name: model_inputs[name] for name in ("input_ids", "attention_mask")} if prefix else {}
+        encoder = {name: to_the_front(model_inputs[name], model_inputs["attention_mask"])
+                   for name in ("input_ids", "attention_mask") if prefix}
         return {"tokens": tokens, "labels": tokens.roll(-1, dims=1), "select": select, "masks": masks,
                 "lengths": end[:, 0].tolist(), "encoder": encoder}
 
@@ -796,7 +805,7 @@ class PPOTrainer:
         Tensors [b, R] or flat [N] (logits [b, R, V], [N, V]). weight: the minibatch's part of the optimizer step's tokens. No step is taken where
         a ratio or, with early_stopping, the KL is too large. Raises FloatingPointError."""
         loss_policy, loss_value, stats = self.loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
-        self._veto = getattr(self, "_veto", False) or bool(stats["policy/skipped"]) or self._moved_too_far(stats, mask)
+        self._veto = self._veto or bool(stats["policy/skipped"]) or self._moved_too_far(stats, mask)
         if not stats["policy/skipped"]:
             loss = loss_policy + loss_value
             if not torch.isfinite(loss):
@@ -808,7 +817,7 @@ class PPOTrainer:
                 if self.config.max_grad_norm is not None:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
                 self._stepper.step()
-            self._stepper.zero_grad()
+            self._stepper.zero_grad(set_to_none=False)
             self._veto = False
         return stats
 
@@ -824,7 +833,7 @@ class PPOTrainer:
     def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns):
         """-> policy loss, vf_coef x value loss, statistics. Tensors [b, R] or flat [N] (logits with [V] more); see L at the top.
 
-        Where the minibatch's mean ratio (over all ranks) is above ratio_threshold, or not finite, both losses are 0."""
+        Where the minibatch's mean ratio (over all ranks) is above ratio_threshold, both losses are 0."""
         config = self.config
         pg_loss, ratio, pg_clipped = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         vf_loss, vf_clipped = value_loss(vpreds, values, returns, mask, config.cliprange_value)
@@ -850,11 +859,11 @@ class PPOTrainer:
         return pg_loss, config.vf_coef * vf_loss, {name: value.detach() for name, value in stats.items()}
 
     def _ratio_too_large(self, mean_ratio, n):
-        """Is the mean ratio of this minibatch, over all ranks, above ratio_threshold or not finite?"""
+        """Is the mean ratio of this minibatch, over all ranks, above ratio_threshold?"""
         if self.config.world_size > 1:
             total, n = self._sum(torch.stack([mean_ratio * n, n]))
             mean_ratio = total / n
-        too_large = not mean_ratio.item() <= self.config.ratio_threshold
+        too_large = mean_ratio.item() > self.config.ratio_threshold
         if too_large:
             warnings.warn(f"a minibatch's mean ratio {mean_ratio:.2f} is above ratio_threshold {self.config.ratio_threshold}: "
                           "its optimizer step is left out")
@@ -918,6 +927,9 @@ class PPOTrainer:
         """Sends a step's statistics to the tracker, and a table of the batch's columns_to_log with the rewards.
 
         batch: {column: list}; rewards: list of scalar tensors of this rank. Called on every rank."""
+        missing = [name for name in columns_to_log if name not in batch]
+        if missing:
+            raise InputError(f"columns_to_log names {missing}, the batch has {list(batch)}: put them there or name others")
         rewards = self.accelerator.gather(torch.stack([torch.as_tensor(r, dtype=torch.float32) for r in rewards])
                                           .to(self.accelerator.device)).cpu()
         rows = gather_object(list(zip(*(batch[name] for name in columns_to_log)))) if columns_to_log else []

@@ -1,4 +1,4 @@
-"""What the tests share: no network, no accelerator, one thread, and tiny models, tokenizers and batches made in code."""
+"""What the tests share: no network, no GPU, one thread, and tiny models, tokenizers and batches made in code."""
 import os
 import sys
 import tempfile
@@ -25,13 +25,13 @@ ROWS = ((3, 4), (6, 2), (2, 5), (4, 3))  # lengths of query and response
 
 
 def pytest_configure(config):
-    for noise in ("no dataset", ".*holds no value head", ".*lr_scheduler.step", ".*torch.jit"):
+    for noise in ("no dataset", ".*holds no value head", ".*gradient_checkpointing"):
         config.addinivalue_line("filterwarnings", f"ignore:{noise}")
 
 
 @pytest.fixture(autouse=True)
 def clean_slate():
-    """accelerate keeps its state in the process: each test begins without any. Seeds are known, the environment is restored."""
+    """accelerate keeps its state in the process: each test begins without any, with a known seed."""
     environment = dict(os.environ)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state(*[True] * (state is AcceleratorState))
@@ -43,22 +43,24 @@ def clean_slate():
 
 
 def hf_model(arch, seed=0, **changes):
-    """A random language model of 2 layers of 32 (BART: 1), vocabulary 100, with the dropout that its config has by default
-    and weights large enough for its answers to differ."""
+    """A random language model of 2 layers of 32 (BART: 1), vocabulary 100, with its usual dropout, and weights large
+    enough for its answers to differ."""
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16,
-             "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2, "attention_dropout": 0.1}
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
+             "attention_dropout": 0.1}
     config = {
         "gpt2": ("GPT2", {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}),
         "llama": ("Llama", llama), "qwen3": ("Qwen3", llama), "gemma": ("Gemma", llama),
         "mistral": ("Mistral", {**llama, "sliding_window": 32}),
-        "t5": ("T5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD}),
+        "t5": ("T5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+                      "decoder_start_token_id": PAD}),
         "bart": ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
                           "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.2,
                           "max_position_embeddings": 64, "decoder_start_token_id": EOS, "forced_eos_token_id": None}),
     }
     name, sizes = config[arch]
-    head = {"t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration", "gpt2": "LMHeadModel"}.get(arch, "ForCausalLM")
+    head = "ForConditionalGeneration" if arch in SEQ2SEQ else "LMHeadModel" if arch == "gpt2" else "ForCausalLM"
     torch.manual_seed(seed)
     return getattr(transformers, name + head)(getattr(transformers, name + "Config")(**{**tokens, **sizes, **changes}))
 
@@ -70,14 +72,15 @@ def make_hf_model():
 
 @pytest.fixture
 def make_model():
-    """make_model("gpt2", seed=0, lora=None or "fresh" or "trained", **changes of the config) -> a model with a value head that
-    is not zero."""
+    """make_model("gpt2", seed=0, lora=None or "fresh" or "trained", **changes of the config) -> a model with a value
+    head that is not zero."""
     def make(arch="gpt2", seed=0, lora=None, **changes):
-        auto = common.AutoModelForSeq2SeqLMWithValueHead if arch in SEQ2SEQ else common.AutoModelForCausalLMWithValueHead
-        config = None
+        kind = "Seq2Seq" if arch in SEQ2SEQ else "Causal"
+        auto, config = getattr(common, f"AutoModelFor{kind}LMWithValueHead"), None
         if lora:
             from peft import LoraConfig
-            config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, target_modules="all-linear", init_lora_weights=lora == "fresh",
+            config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, init_lora_weights=lora == "fresh",
+                                target_modules="all-linear", fan_in_fan_out=arch == "gpt2",
                                 task_type="SEQ_2_SEQ_LM" if arch in SEQ2SEQ else "CAUSAL_LM")
         model = auto.from_pretrained(hf_model(arch, seed, **changes), peft_config=config)
         torch.nn.init.normal_(model.v_head.summary.weight, std=0.3)
@@ -95,7 +98,8 @@ def make_tokenizer():
         core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **{**special, **attributes})
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, model_max_length=64, **{**special, **attributes})
 
     return make
 
@@ -107,8 +111,8 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture
 def make_batch():
-    """make_batch(lengths of (query, response), start=None) -> queries, responses, scores for `step`. start: the decoder's
-    start token, before each response of an encoder-decoder (and not counted)."""
+    """make_batch(lengths of (query, response), start=None) -> queries, responses, scores for `step`. start: an
+    encoder-decoder's start token, which stands before each response and is not counted."""
     def make(lengths=ROWS, seed=0, start=None):
         draw = torch.Generator().manual_seed(seed)
         tokens = lambda n: torch.randint(4, VOCAB, (n,), generator=draw)
@@ -121,8 +125,8 @@ def make_batch():
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer):
-    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. Unless told: one batch of 4 rows, one
-    minibatch, one epoch, learning rate 1e-3."""
+    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. Unless told: a batch of 4 rows
+    in one minibatch, one epoch, learning rate 1e-3."""
     def make(model="gpt2", **kwargs):
         names = ("ref_model", "tokenizer", "dataset", "optimizer", "data_collator", "num_shared_layers", "lr_scheduler")
         parts = {name: kwargs.pop(name) for name in names if name in kwargs}

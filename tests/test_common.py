@@ -54,7 +54,8 @@ def test_set_seed_seeds_python_numpy_and_torch():
 
 # ------------------------------------------------------------------------------------------------ rows
 ROWS = [{"text": "w4 w5", "n": 1}, {"text": "w6", "n": 2}]
-WRITE = {".jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))), ".json": lambda path: path.write_text(json.dumps(ROWS)),
+WRITE = {".jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
+         ".json": lambda path: path.write_text(json.dumps(ROWS)),
          ".csv": lambda path: path.write_text("text,n\nw4 w5,1\nw6,2\n"),
          ".parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path)}
 
@@ -101,8 +102,9 @@ def prompts(tmp_path, make_tokenizer):
         path = tmp_path / "prompts.jsonl"
         path.write_text("\n".join(map(json.dumps, rows)))
         tokenizer = make_tokenizer()
-        tokenizer.chat_template = ("{% for m in messages %}{{ '<s> ' if m.role == 'user' else '<unk> ' }}{{ m.content }} {% endfor %}"
-                                   "{% if add_generation_prompt %}</s>{% endif %}")
+        tokenizer.chat_template = (
+            "{% for turn in messages %}{{ '<s> ' if turn.role == 'user' else '<unk> ' }}{{ turn.content }} {% endfor %}"
+            "{% if add_generation_prompt %}</s>{% endif %}")
         return common.load_prompts(path, tokenizer, **kwargs)
 
     return load
@@ -110,7 +112,8 @@ def prompts(tmp_path, make_tokenizer):
 
 @pytest.mark.parametrize("column", ["query", "prompt", "text"])
 def test_prompts_are_texts(column, prompts):
-    assert prompts([{column: "w4 w5"}, {column: "w6"}]) == [{"query": "w4 w5", "input_ids": [4, 5]}, {"query": "w6", "input_ids": [6]}]
+    assert prompts([{column: "w4 w5"}, {column: "w6"}]) == [
+        {"query": "w4 w5", "input_ids": [4, 5]}, {"query": "w6", "input_ids": [6]}]
 
 
 def test_a_query_is_taken_before_a_text(prompts):
@@ -151,8 +154,9 @@ def test_a_prompt_that_can_not_be_answered_is_told_by_row(rows, arguments, told,
 def classifier(tmp_path, make_tokenizer):
     """classifier(labels) -> the folder of a random classifier, and the classifier."""
     def make(labels, **attributes):
-        config = GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=1, n_head=2, num_labels=len(labels), pad_token_id=PAD,
-                            id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}, initializer_range=0.2)
+        config = GPT2Config(
+            vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2, pad_token_id=PAD,
+            id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
         model = GPT2ForSequenceClassification(config).eval()
         model.save_pretrained(tmp_path / "classifier")
         make_tokenizer(**attributes).save_pretrained(tmp_path / "classifier")
@@ -184,7 +188,8 @@ def test_a_score_is_the_logit_of_the_chosen_label(label, column, classifier):
     assert common.load_reward(folder, label)(["w5 w6"])[0].item() == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize("label, told", [(None, "2 labels.*--reward-label.*bad, good"), ("great", "'great' is none of bad, good")])
+@pytest.mark.parametrize("label, told", [
+    (None, "2 labels.*--reward-label.*bad, good"), ("great", "'great' is none of bad, good")])
 def test_a_label_has_to_be_chosen_among_those_there_are(label, told, classifier):
     with pytest.raises(InputError, match=told):
         common.load_reward(classifier(["bad", "good"])[0], label)
@@ -200,8 +205,9 @@ def test_a_reward_is_any_function_of_texts(tmp_path):
     assert [score.item() for score in scores] == [1, 3] and scores[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("function, told", [("few", "1 scores for 2 texts"), ("sick", "failed on 2 texts.*'a'.*division by zero.*mine.py:8"),
-                                            ("absent", "can't be loaded.*absent")])
+@pytest.mark.parametrize("function, told", [
+    ("few", "1 scores for 2 texts"), ("sick", "failed on 2 texts.*'a'.*division by zero.*mine.py:8"),
+    ("absent", "can't be loaded.*absent")])
 def test_a_reward_that_fails_is_told_in_one_sentence(function, told, tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     with pytest.raises(InputError, match=told) as error:
@@ -214,7 +220,7 @@ def test_what_is_no_reward_is_told(tmp_path):
         common.load_reward(str(tmp_path / "nothing"))
 
 
-# ------------------------------------------------------------------------------------------------ what a run leaves behind
+# ------------------------------------------------------------------------------------------- what a run leaves behind
 def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
     for n in (9, 10, 2):
         (tmp_path / f"checkpoint-{n}").mkdir()
@@ -243,7 +249,7 @@ def test_a_folder_that_can_not_be_written_is_told(tmp_path):
         common.writable_folder(tmp_path / "file" / "folder")
 
 
-# ------------------------------------------------------------------------------------------------ models with a value head
+# ------------------------------------------------------------------------------------------- models with a value head
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_logits_are_the_bare_model_s_and_values_read_its_last_hidden_state(arch, make_model):
     model = make_model(arch).eval()
@@ -360,8 +366,8 @@ def test_the_state_dict_has_the_model_s_own_names_and_comes_back(make_model):
 @pytest.mark.parametrize("prob", [None, 0.3])
 def test_the_head_s_dropout_comes_from_the_argument_or_the_config(prob, make_hf_model):
     plain, own = make_hf_model("gpt2"), make_hf_model("gpt2", summary_dropout_prob=0.2)
-    load = lambda model: AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=prob).v_head.dropout.p
-    assert load(plain) == (prob or 0.0) and load(own) == (prob or 0.2)
+    load = lambda model: AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=prob)
+    assert load(plain).v_head.dropout.p == (prob or 0.0) and load(own).v_head.dropout.p == (prob or 0.2)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
@@ -374,8 +380,9 @@ def test_everything_else_goes_to_transformers_and_the_head_stays_float32(name, m
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
 def test_a_model_without_a_language_modelling_head_is_refused(arch, make_hf_model):
+    model = make_hf_model(arch)
     with pytest.raises(ValueError, match="no language modelling head"):
-        wrapper_of(arch).from_pretrained(make_hf_model(arch).base_model if arch != "t5" else make_hf_model(arch).encoder)
+        wrapper_of(arch).from_pretrained(model.encoder if arch == "t5" else model.base_model)
 
 
 def test_names_that_code_for_trl_reads():
@@ -452,8 +459,8 @@ def test_an_adapter_s_folder_opens_as_the_plain_model(adapter):
 def test_a_fresh_adapter_trains_alone_and_changes_nothing_yet(make_model):
     plain, model = make_model(), make_model(lora="fresh")
     torch.testing.assert_close(outputs(model)[0], outputs(plain)[0])
-    assert {name.split(".")[-3 if "lora" in name else 0] for name, p in model.named_parameters() if p.requires_grad} == {
-        "lora_A", "lora_B", "v_head"}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[-3 if "lora" in name else 0] for name in trained} == {"lora_A", "lora_B", "v_head"}
 
 
 def test_two_adapters_at_once_are_refused(adapter):
@@ -477,7 +484,8 @@ def rewarder(make_hf_model, tmp_path):
     base = make_hf_model("llama")
     base.save_pretrained(tmp_path / "base")
     judge = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
-    judge = get_peft_model(judge, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    judge = get_peft_model(judge, config)
     judge.save_pretrained(tmp_path / "judge")
     return tmp_path / "base", tmp_path / "judge", judge.eval()
 
@@ -486,7 +494,8 @@ def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alon
     from peft import LoraConfig
     base, folder, judge = rewarder
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=config, reward_adapter=folder, require_v_head=False)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        base, peft_config=config, reward_adapter=folder, require_v_head=False)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     before = outputs(model)
     scores = model.compute_reward_score(**example())
@@ -539,7 +548,8 @@ except ValueError as error:
 
 
 def test_without_peft_all_but_adapters_works(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WITHOUT_PEFT, str(tmp_path)], cwd=common.TOY.parent, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_PEFT, str(tmp_path)]
+    done = subprocess.run(command, cwd=common.TOY.parent, capture_output=True, text=True)
     assert done.stdout.strip().endswith("fine"), done.stderr
 
 
@@ -555,7 +565,7 @@ def test_a_reference_model_computes_the_same_shares_what_it_should_and_is_frozen
     same_model(model, reference, arch)
     parameters, copies = dict(model.named_parameters()), dict(reference.named_parameters())
     common_storage = {name for name in parameters if parameters[name].data_ptr() == copies[name].data_ptr()}
-    last = {"gpt2": "transformer.h.1.", "t5": "decoder.block.1.", "bart": "decoder.layers.0."}.get(arch, "model.layers.1.")
+    last = {"gpt2": "h.1.", "t5": "decoder.block.1.", "bart": "decoder.layers.0."}.get(arch, "model.layers.1.")
     assert not any(last in name or "v_head" in name for name in common_storage)
     assert bool(common_storage) == (shared is not None)
     assert all(p.requires_grad == (name not in common_storage) for name, p in parameters.items())

@@ -107,8 +107,9 @@ def build(kind, seed, lora=False, near=None):
         return fill(build(kind, near), seed, scale=0.02, add=True)
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS}
     if kind == "t5":
-        config = T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=PAD, **tokens)
-        return fill(common.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(T5ForConditionalGeneration(config)), seed, scale=0.2)
+        model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                                                    decoder_start_token_id=PAD, **tokens))
+        return fill(common.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model), seed, scale=0.2)
     config = GPT2Config(n_positions=48, n_embd=32, n_layer=2, n_head=2, bos_token_id=BOS, **tokens)
     model = fill(common.AutoModelForCausalLMWithValueHead.from_pretrained(GPT2LMHeadModel(config)), seed)
     if lora:
@@ -129,7 +130,8 @@ def changes(before, model):
         if name.endswith("c_attn.bias"):  # a bias of the keys has no gradient but rounding, of which Adam makes a step
             change[len(change) // 3:2 * len(change) // 3] = 0
         probe = torch.cos(torch.arange(len(change), dtype=torch.float64) * 0.7 + 0.3)
-        told[name.removeprefix("pretrained_model.").removeprefix("base_model.model.")] = [change.norm().item(), (change @ probe).item()]
+        name = name.removeprefix("pretrained_model.").removeprefix("base_model.model.")
+        told[name] = [change.norm().item(), (change @ probe).item()]
     return told
 
 
