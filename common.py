@@ -134,7 +134,7 @@ def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=Fa
             value = value[:-1] if value[-1]["role"] == "assistant" else value
             ids = tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=False)
         else:
-            ids = tokenizer(value).input_ids if isinstance(value, str) else list(value or [])
+            ids = tokenizer(value, verbose=False).input_ids if isinstance(value, str) else list(value or [])
         ids = ids[:max_length]
         if not ids:
             raise InputError(f"data set {name}, row {number}: {column} is empty; remove the row")
@@ -173,12 +173,13 @@ def _classifier(name, label, device):
     with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's folder or hub name"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
-    labels = {**{str(i): i for i in range(model.config.num_labels)}, **model.config.label2id}
+    names = {str(name): i for i, name in model.config.id2label.items()}
+    labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
     if model.config.num_labels > 1 and label is None:
         raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the one whose logit is the score "
-                         f"with --reward-label, one of {', '.join(model.config.label2id)}")
+                         f"with --reward-label, one of {', '.join(names)}")
     if label is not None and label not in labels:
-        raise InputError(f"reward_label {label!r} is none of {', '.join(model.config.label2id)}")
+        raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
     column = 0 if label is None else labels[label]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -432,7 +433,7 @@ def read_value_head(name):
             head = _head_of(file)
             if head:
                 return head
-        if files:  # a repository with both kinds holds the same in both
+        if any(not file.name.startswith("adapter") for file in files):  # a model in both kinds holds the same in both
             break
     return None
 

@@ -562,9 +562,9 @@ class PPOTrainer:
         """generation_kwargs made ready: plain sampling goes through DrawToken; anything that samples from another
         distribution than the one that is scored is told."""
         kwargs = {"temperature": self.config.temperature, **kwargs}
-        eos = self.tokenizer.eos_token_id
-        pad = self.tokenizer.pad_token_id
-        kwargs.setdefault("pad_token_id", eos if pad is None else pad)
+        # what follows a response's end is cut off; some models warn where they see their padding token
+        fill = self.tokenizer.pad_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        kwargs.setdefault("pad_token_id", fill)
         do_sample = kwargs.get("do_sample", model.generation_config.do_sample)
         temperature = kwargs.pop("temperature")
         if not do_sample:

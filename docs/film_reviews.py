@@ -26,7 +26,8 @@ def main(file, out):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>",
                                         padding_side="right", model_max_length=96)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=96, n_layer=2, n_head=4, pad_token_id=0,
-                        bos_token_id=1, eos_token_id=1, id2label={0: "negative", 1: "positive"})
+                        bos_token_id=1, eos_token_id=1, id2label={0: "negative", 1: "positive"},
+                        label2id={"negative": 0, "positive": 1})
 
     def tokenize(row):
         return {**tokenizer(row["text"] + "<eos>", truncation=True), "labels": row["label"]}
