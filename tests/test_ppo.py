@@ -62,16 +62,15 @@ def sgd(model, lr=0.1):
 
 
 class Say(LogitsProcessor):
-    """The model says these tokens, whatever it thinks."""
+    """The model says these tokens, whatever it thinks: alike in all rows, or (a tuple) one for each row."""
 
     def __init__(self, *tokens):
         self.tokens, self.width = tokens, None
 
     def __call__(self, input_ids, scores):
         self.width = self.width or input_ids.shape[1]
-        chosen = torch.full_like(scores, -math.inf)
-        chosen[:, self.tokens[input_ids.shape[1] - self.width]] = 0.0
-        return chosen
+        said = torch.tensor(self.tokens[input_ids.shape[1] - self.width]).expand(len(scores))
+        return torch.full_like(scores, -math.inf).scatter(1, said[:, None], 0.0)
 
 
 def say(*tokens):
@@ -84,9 +83,10 @@ def heard(trainer, *tokens):
 
 
 # ------------------------------------------------------------------------------------------------ the configuration
-def test_experiments_are_named_after_the_script(monkeypatch):
+@pytest.mark.parametrize("script", ["/some/where/happy.py", "happy"])
+def test_experiments_are_named_after_the_script(script, monkeypatch):
     """P37: 0.7.10 took three letters off whatever stood in argv."""
-    monkeypatch.setattr(sys, "argv", ["/some/where/happy.py"])
+    monkeypatch.setattr(sys, "argv", [script])
     assert ppo.PPOConfig().exp_name == "happy"
 
 
@@ -294,6 +294,16 @@ def test_any_of_the_model_s_end_tokens_ends_an_answer(make_trainer):
         assert heard(trainer, 7, end, 9) == [7, end]
 
 
+@pytest.mark.parametrize("given", [{}, {"pad_token_id": PAD}, {"pad_token_id": EOS}])
+@pytest.mark.parametrize("end", [EOS, PAD])
+def test_what_fills_a_row_after_its_end_is_no_part_of_the_answer(end, given, make_trainer):
+    """Chat models often have two end tokens, and one of them is their padding."""
+    trainer, queries = make_trainer(), [torch.tensor([5]), torch.tensor([6])]
+    trainer.model.pretrained_model.generation_config.eos_token_id = [EOS, PAD]
+    rows = trainer.generate(queries, return_prompt=False, **say(7, (end, 8), 9, EOS), **given)
+    assert [row.tolist() for row in rows] == [[7, end], [7, 8, 9, EOS]]
+
+
 def test_a_padding_token_that_is_no_end_token_ends_nothing(make_trainer):
     assert heard(make_trainer(), 7, PAD, 8) == [7, PAD, 8]
 
@@ -385,7 +395,8 @@ def test_sampling_from_another_distribution_than_is_scored_is_told(given, make_t
 
 
 @pytest.mark.parametrize("own", [{"top_k": 1}, {"top_p": 0.01}, {"temperature": 0.01}, {"min_p": 0.9},
-                                 {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}])
+                                 {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 2},
+                                 {"min_new_tokens": 1}, {"suppress_tokens": [4, 5, 6]}, {"forced_eos_token_id": EOS}])
 def test_the_model_s_own_sampling_settings_are_left_out(own, make_trainer):
     """P32: they belong to chats; a rollout samples from what is scored."""
     trainer = make_trainer()
@@ -1270,7 +1281,7 @@ def test_the_best_raw_score_is_pushed(compare_steps, pushed_at, make_trainer, ma
     trainer = make_trainer(push_to_hub_if_best_kwargs=where, compare_steps=compare_steps, score_clip=0.1,
                            use_score_scaling=True, use_score_norm=True)
     trainer.push_to_hub = lambda **kwargs: calls.append((trainer.current_step, kwargs))
-    for score in (3.0, 7.0, 5.0, 8.0, 7.0):
+    for score in (3.0, 7.0, 7.0, 8.0, 5.0):
         step_with_scores(trainer, make_batch, score, score + 1)
     assert [step for step, _ in calls] == pushed_at
     assert all(kwargs == where for _, kwargs in calls)
