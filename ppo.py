@@ -52,7 +52,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, gather_objec
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from common import (TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError, MetricsFile,
@@ -548,12 +548,15 @@ class PPOTrainer:
         return tuple(outputs) if generate_ref_response else outputs[0]
 
     def _generate(self, model, queries, length_sampler, batch_size, return_prompt, kwargs):
-        kwargs = self._sampling(model, kwargs)
-        ends = kwargs.get("eos_token_id", model.generation_config.eos_token_id)
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        ends -= {kwargs["pad_token_id"]} - {self.tokenizer.eos_token_id}  # padding is an end only where it is the tokenizer's
-        ends = torch.tensor(sorted(ends), device=self.accelerator.device)
-        was_training, rows = model.training, [None] * len(queries)
+        own, was_training, rows = model.generation_config, model.training, [None] * len(queries)
+        kwargs, plain = self._sampling(own, kwargs)
+        if plain:  # a model's settings for chats (beams, penalties, forced tokens) would make another policy of it
+            known = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+            model.pretrained_model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in known})
+        as_set = lambda ids: set(ids if isinstance(ids, (list, tuple)) else [ids]) - {None}
+        given = as_set(kwargs.get("eos_token_id")) - {kwargs["pad_token_id"]}
+        ends = {self.tokenizer.eos_token_id} | (given if "eos_token_id" in kwargs else as_set(own.eos_token_id))
+        ends = torch.tensor(sorted(ends - {None}), device=self.accelerator.device)
         model.eval()
         by_length = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding within a batch
         try:
@@ -578,31 +581,32 @@ class PPOTrainer:
                     rows[i] = torch.cat([row[given - kept:given], answer])
         finally:
             model.train(was_training)
+            model.pretrained_model.generation_config = own
         return rows
 
-    def _sampling(self, model, kwargs):
-        """generation_kwargs made ready: plain sampling goes through DrawToken; anything that samples from another
-        distribution than the one that is scored is told."""
+    def _sampling(self, own, kwargs):
+        """-> generation_kwargs made ready; is it plain sampling, through DrawToken? Anything that samples from another
+        distribution than the one that is scored is told. own: the model's generation_config."""
+        if "generation_config" in kwargs:
+            raise ValueError("generate takes no generation_config: give its settings one by one (max_new_tokens=..., ...)")
         kwargs = {"temperature": self.config.temperature, **kwargs}
         # what follows a response's end is cut off; some models warn where they see their padding token
         fill = self.tokenizer.pad_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         kwargs.setdefault("pad_token_id", fill)
-        do_sample = kwargs.get("do_sample", model.generation_config.do_sample)
+        do_sample = kwargs.get("do_sample", own.do_sample)
         temperature = kwargs.pop("temperature")
         if not do_sample:
-            return kwargs
+            return kwargs, False
         top_k, top_p = kwargs.pop("top_k", 0), kwargs.pop("top_p", 1.0)
         if temperature != self.config.temperature or top_k or (top_p or 1.0) < 1.0:
             warnings.warn(f"responses are sampled with temperature {temperature}, top_k {top_k}, top_p {top_p}, and scored with "
                           f"temperature {self.config.temperature} alone: ratio and KL are those of another policy")
-            return {**kwargs, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+            return {**kwargs, "temperature": temperature, "top_k": top_k, "top_p": top_p}, False
         if kwargs.get("num_beams", 1) != 1 or kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("a rollout is one sampled response for each query: no beams, no num_return_sequences")
         draw = [TemperatureLogitsWarper(temperature)] * (temperature != 1.0) + [DrawToken()]
         kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), *draw])
-        # for `generate` this is greedy decoding; the rest are its defaults, whatever the model's own settings for chats are
-        return {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, **kwargs, "do_sample": False, "temperature": 1.0,
-                "top_k": 50, "top_p": 1.0}
+        return {**kwargs, "do_sample": False}, True  # what is left for `generate` to do is greedy decoding
 
     # ------------------------------------------------------------------ 2. one PPO update
     def step(self, queries, responses, scores, response_masks=None):
@@ -1007,11 +1011,11 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
             self.create_model_card(save_directory, self.config.exp_name)
         self.accelerator.wait_for_everyone()
 
-    def push_to_hub(self, **kwargs):
+    def push_to_hub(self, repo_id, **kwargs):
         """Uploads policy, value head and tokenizer to the hub's `repo_id`. Call it on every rank; the main one pushes."""
         if self.accelerator.is_main_process:
-            self.policy.push_to_hub(**kwargs)
-            self.tokenizer.push_to_hub(**{k: v for k, v in kwargs.items() if k in ("repo_id", "private", "token")})
+            self.policy.push_to_hub(repo_id=repo_id, **kwargs)
+            self.tokenizer.push_to_hub(repo_id=repo_id, **{k: v for k, v in kwargs.items() if k in ("private", "token")})
         self.accelerator.wait_for_everyone()
 
     def _push_if_best(self, score):
