@@ -17,11 +17,11 @@ def main(run, picture):
     left.plot(updates, score, color="C0")
     left.fill_between(updates, [m - s for m, s in zip(score, std)], [m + s for m, s in zip(score, std)], alpha=0.2, color="C0")
     left.axhline(score[0] + 2 * std[0], color="grey", linestyle=":", linewidth=1)
-    left.text(updates[-1], score[0] + 2 * std[0], "first mean + 2 standard deviations", ha="right", va="bottom", color="grey",
+    left.text(updates[-1], score[0] + 2 * std[0], "first mean + 2 std", ha="right", va="bottom", color="grey",
               fontsize=8)
-    left.set(xlabel="PPO update", ylabel="score (mean, one standard deviation)")
+    left.set(xlabel="PPO update", ylabel="score (mean ± one std)")
     right.plot(updates, [row["objective/kl"] for row in rows], color="C1")
-    right.set(xlabel="PPO update", ylabel="KL from the reference (nats a response)", ylim=(0, None))
+    right.set(xlabel="PPO update", ylabel="KL (nats a response)", ylim=(0, None))
     figure.savefig(picture, dpi=110)
 
 
