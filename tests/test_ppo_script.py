@@ -307,3 +307,12 @@ def test_the_gate_runs_the_commands_of_the_readme():
     gate = (ROOT / ".ci" / "run").read_text()
     assert "grep" in gate and "README.md" in gate
     assert sum("pytest" in c for c in commands("README.md")) == 1
+
+
+def test_equal_seeds_draw_equal_adapters_whatever_was_drawn_before(tmp_path):
+    """G2: the seed is set before weights are made."""
+    for run in ("a", "b"):
+        torch.rand(len(run) + ord(run))  # another state of the generator
+        main(small(tmp_path / run, lora_r=4))
+    a, b = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("a", "b"))
+    assert a == b
