@@ -583,3 +583,13 @@ def test_the_pattern_of_layers_may_be_given_and_must_fit(make_hf_model):
     for wrong in ({"num_shared_layers": 9}, {"num_shared_layers": 1, "pattern": "layers.{layer}"}):
         with pytest.raises(ValueError, match="num_shared_layers"):
             common.create_reference_model(model, **wrong)
+
+
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one."""
+    code = ("import resource, torch, common; common.keep_freed_memory(); torch.ones(2**24); torch.ones(2**24)\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "before = faults(); torch.ones(2**24); print(faults() - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(common.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert sys.platform != "linux" or int(done.stdout) < 2000
