@@ -420,13 +420,21 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     transformers_parent_class = AutoModelForSeq2SeqLM
 
 
-def _load(auto_class, name, is_trainable, *args, **kwargs):
-    """A plain model, or base model + adapter where `name` is an adapter's folder."""
+def base_of(name):
+    """The name of the model under a LoRA adapter's folder or hub name; any other model's own name."""
     from transformers.utils import find_adapter_config_file
     if find_adapter_config_file(name) is None:
-        return auto_class.from_pretrained(name, *args, **kwargs)
-    from peft import PeftConfig, PeftModel
-    base = auto_class.from_pretrained(PeftConfig.from_pretrained(name).base_model_name_or_path, *args, **kwargs)
+        return name
+    from peft import PeftConfig
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def _load(auto_class, name, is_trainable, *args, **kwargs):
+    """A plain model, or base model + adapter where `name` is an adapter's folder."""
+    base = auto_class.from_pretrained(base_of(name), *args, **kwargs)
+    if base_of(name) == name:
+        return base
+    from peft import PeftModel
     return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
 
 

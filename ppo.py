@@ -56,8 +56,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from common import (TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError, MetricsFile,
-                    create_reference_model, disable_dropout, explain, load_prompts, load_reward, newest_checkpoint, run,
-                    set_seed, setup_ranks, writable_folder)
+                    base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
+                    newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
 
 FORWARD_TOKENS = 2048  # tokens (rows x width) that go through a model at once where no gradient is needed
 SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
@@ -788,7 +788,7 @@ class PPOTrainer:
         scores [B]; logprobs, ref_logprobs [B, R] (full log-softmaxes [B, R, V] for kl_penalty 'full'); masks [B, R]; kls:
         the penalty, where it is known already. The score falls on each row's last unmasked token."""
         if kls is None:
-            kls = kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
+            kls = self._kl_penalty(logprobs, ref_logprobs)
         non_score_rewards = -self.kl_ctl.value * kls * masks
         rewards = non_score_rewards.clone()
         last = masks.shape[1] - 1 - masks.flip(1).argmax(1)
@@ -1085,7 +1085,7 @@ def load_policy(config):
     name = config.model_name or str(TOY / "model")
     with explain(f"model_name {name} can't be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-        seq2seq = AutoConfig.from_pretrained(name).is_encoder_decoder
+        seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
         auto = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
         lora = None
         if config.lora_r:

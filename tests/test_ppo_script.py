@@ -316,3 +316,10 @@ def test_equal_seeds_draw_equal_adapters_whatever_was_drawn_before(tmp_path):
         main(small(tmp_path / run, lora_r=4))
     a, b = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("a", "b"))
     assert a == b
+
+
+def test_a_run_starts_from_a_saved_adapter_and_measures_kl_from_it(tmp_path):
+    main(small(tmp_path / "first", lora_r=4, learning_rate=1e-2))
+    stats = main(small(tmp_path / "second", model_name=str(tmp_path / "first")))
+    assert float(stats["objective/kl"]) == pytest.approx(0, abs=1e-4)
+    assert (tmp_path / "second" / "adapter_config.json").is_file()
