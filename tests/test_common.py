@@ -586,10 +586,11 @@ def test_the_pattern_of_layers_may_be_given_and_must_fit(make_hf_model):
 
 
 def test_freed_memory_is_kept_for_the_next_tensor():
-    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one."""
-    code = ("import resource, torch, common; common.keep_freed_memory(); torch.ones(2**24); torch.ones(2**24)\n"
+    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one, for each of the ten tensors. (The
+    heap may have to grow once or twice more, when something small has settled in the gap.)"""
+    code = ("import resource, torch, common; common.keep_freed_memory(); torch.ones(2**24)\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "before = faults(); torch.ones(2**24); print(faults() - before)")
+            "before = faults()\nfor _ in range(10): torch.ones(2**24)\nprint(faults() - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(common.__file__).parent)
     assert done.returncode == 0, done.stderr
-    assert sys.platform != "linux" or int(done.stdout) < 2000
+    assert sys.platform != "linux" or int(done.stdout) < 5 * 16384
