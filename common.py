@@ -4,7 +4,7 @@
     setup_ranks()                                    torchrun's processes become one group, on GPUs (nccl) or CPUs (gloo)
     run(main, Config)                                the command line of a script: flags in, one clear sentence out
     load_rows, load_prompts, load_reward             a local file, a folder or a hub name -> rows, prompts, a reward function
-    writable_folder, newest_checkpoint, MetricsFile  what a run leaves behind
+    writable_folder, newest_checkpoint, MetricsFile, Journal  what a run leaves behind
     AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
 
 Nothing happens at import: no network, no CUDA, no seed.
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
-                          AutoTokenizer)
+                          AutoTokenizer, TrainerCallback)
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -82,8 +82,8 @@ def run(main, config_class):
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
     config = tyro.cli(config_class, description=main.__doc__)
-    setup_ranks()
     try:
         main(config)
     except InputError as error:
@@ -241,7 +241,41 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
 
 
+class Journal(TrainerCallback):
+    """What a Trainer logs, in metrics.jsonl: {"update": optimizer steps so far, "loss": ..., ...}. Main rank only."""
+
+    def __init__(self, folder):
+        self.path = Path(folder) / "metrics.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.file = MetricsFile(self.path, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            self.file.write({"update": state.global_step, **logs})
+
+
+def check_finite(loss, step):
+    """Raises InputError before a loss that is not a number reaches a weight: the last checkpoint stays as good as it was."""
+    if not torch.isfinite(loss):
+        raise InputError(f"the loss is {loss.item()} after {step} optimizer steps; the weights before them are in the last "
+                         "checkpoint: resume from it with a lower learning rate, or look at the data")
+
+
 # ------------------------------------------------------------------------------------------------ models
+@contextmanager
+def only_logits_of(model, select):
+    """Inside, `model` computes logits of the tokens under select [B, T] (bool) alone: its output's logits are [N, V].
+
+    With a vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][select],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def disable_dropout(model):
     """Two policies are compared token by token: noise in either would count as a difference. Stays in train mode, so that
     gradient checkpointing works; some models keep the probability as a number of their own."""
@@ -333,20 +367,17 @@ class PreTrainedModelWrapper(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, select=None, **kwargs):
         """-> (logits [B, T, V] in float32, loss or None, values [B, T]).
 
-        select [B, T] (bool): compute logits and values of these N tokens alone -> logits [N, V], values [N]. With a
-        vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory."""
+        select [B, T] (bool): compute logits and values of these N tokens alone -> logits [N, V], values [N]."""
         hidden = []  # of the last layer, [B, T, D]: what the value head reads
-        decoder, lm_head = self.pretrained_model.get_decoder(), self.pretrained_model.get_output_embeddings()
-        hooks = [decoder.register_forward_hook(lambda module, args, output: hidden.append(output[0]))]
-        if select is not None:
-            hooks += [lm_head.register_forward_pre_hook(lambda module, args: (args[0][select],))]
+        decoder = self.pretrained_model.get_decoder()
+        hook = decoder.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
         if "past_key_values" not in kwargs:
             kwargs.setdefault("use_cache", False)
         try:
-            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            with nullcontext() if select is None else only_logits_of(self.pretrained_model, select):
+                output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         hidden = hidden[0] if select is None else hidden[0][select]
         return output.logits.float(), output.loss, self.v_head(hidden).squeeze(-1)
 
@@ -418,6 +449,24 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder language model (T5, BART, ...) with a value head on the decoder."""
     transformers_parent_class = AutoModelForSeq2SeqLM
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model's folder or hub name. Where it has no pad token, the end-of-sequence token pads: what is
+    padding is known from the attention mask, so that the model still learns to end."""
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"tokenizer {name} has neither a pad token nor an end-of-sequence token: set tokenizer.pad_token")
+    return tokenizer
+
+
+def lora_config(config, task_type):
+    """config.lora_r, config.lora_alpha -> a peft LoraConfig on all linear layers, or None where lora_r is 0."""
+    if not config.lora_r:
+        return None
+    from peft import LoraConfig
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type=task_type)
 
 
 def base_of(name):

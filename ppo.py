@@ -57,7 +57,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Temper
 
 from common import (TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError, MetricsFile,
                     base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
-                    newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
+                    lora_config, newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
 
 FORWARD_TOKENS = 2048  # tokens (rows x width) that go through a model at once where no gradient is needed
 SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
@@ -1087,11 +1087,7 @@ def load_policy(config):
         tokenizer = AutoTokenizer.from_pretrained(name)
         seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
         auto = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
-        lora = None
-        if config.lora_r:
-            from peft import LoraConfig
-            lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear",
-                              task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+        lora = lora_config(config, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
         model = auto.from_pretrained(name, peft_config=lora, is_trainable=True, require_v_head=False, dtype=config.torch_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
