@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
                           AutoTokenizer, TrainerCallback)
 
@@ -82,6 +83,7 @@ def run(main, config_class):
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
     setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
     config = tyro.cli(config_class, description=main.__doc__)
     try:
@@ -242,18 +244,51 @@ class MetricsFile:
 
 
 class Journal(TrainerCallback):
-    """What a Trainer logs, in metrics.jsonl: {"update": optimizer steps so far, "loss": ..., ...}. Main rank only."""
+    """What a Trainer tells, on the main rank: metrics.jsonl, {"update": optimizer steps so far, "loss": ..., ...} a line, a
+    progress bar, and a line for each evaluation. It takes the place of Trainer's own: `trainer.remove_callback(ProgressCallback)`."""
 
     def __init__(self, folder):
         self.path = Path(folder) / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.file = MetricsFile(self.path, state.global_step)
+        main = state.is_world_process_zero
+        self.file = MetricsFile(self.path, state.global_step) if main else None
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=not main or args.disable_tqdm)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
+        if self.file:
             self.file.write({"update": state.global_step, **logs})
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        timing = ("runtime", "per_second", "epoch")
+        told = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith(timing)]
+        if state.is_world_process_zero:
+            tqdm.write(f"epoch {state.epoch or 0:.2f}: {', '.join(told)}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def write_model_card(folder, what, config, data, metrics):
+    """README.md of a trained model: what it is, from what it was made, and the last metrics. Call it on one rank."""
+    sources = ", ".join(f"{kind} `{name}`" for kind, name in {"model": config.model_name or "toy", **data}.items())
+    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
+    Path(folder, "README.md").write_text(f"""---
+library_name: transformers
+---
+# {Path(folder).resolve().name}
+
+{what}, from {sources}.
+
+| | at the end |
+|---|---|
+{figures}
+""")
 
 
 def check_finite(loss, step):
@@ -459,6 +494,16 @@ def load_tokenizer(name):
     if tokenizer.pad_token is None:
         raise InputError(f"tokenizer {name} has neither a pad token nor an end-of-sequence token: set tokenizer.pad_token")
     return tokenizer
+
+
+def load_language_model(name, dtype):
+    """-> tokenizer, model (causal or encoder-decoder; an adapter, on its base model, goes on training) of a hub name or
+    folder. Raises InputError."""
+    from transformers import AutoConfig
+    with explain(f"model_name {name} can't be loaded"):
+        tokenizer = load_tokenizer(name)
+        seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
+        return tokenizer, _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, name, True, dtype=dtype)
 
 
 def lora_config(config, task_type):
