@@ -21,6 +21,7 @@ import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -85,7 +86,9 @@ def run(main, config_class):
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
     setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
-    config = tyro.cli(config_class, description=main.__doc__)
+    flags = tyro.constructors.ConstructorRegistry()
+    flags.primitive_rule(json_flag)
+    config = tyro.cli(config_class, description=main.__doc__, registry=flags)
     try:
         main(config)
     except InputError as error:
@@ -93,6 +96,16 @@ def run(main, config_class):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def json_flag(field):
+    """How tyro reads a field that takes a dict or a file's name, such as --fsdp-config: JSON where it begins with {."""
+    from tyro.constructors import PrimitiveConstructorSpec
+    if any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
+        return PrimitiveConstructorSpec(
+            nargs=1, metavar="JSON|FILE", is_instance=lambda value: isinstance(value, (dict, str, type(None))),
+            instance_from_str=lambda words: json.loads(words[0]) if words[0].startswith("{") else words[0],
+            str_from_instance=lambda value: [json.dumps(value)])
 
 
 @contextmanager
@@ -361,8 +374,8 @@ class PreTrainedModelWrapper(nn.Module):
         self.is_peft_model = hasattr(pretrained_model, "peft_config")
         self.v_head = ValueHead(self.config, summary_dropout_prob, hidden_size=head.weight.shape[1])
         self.v_head.to(head.weight.device)
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
+        self._renaming = [self.register_state_dict_post_hook(_without_prefix),
+                          self.register_load_state_dict_pre_hook(_with_prefix)]
 
     config = property(lambda self: self.pretrained_model.config)
     generation_config = property(lambda self: self.pretrained_model.generation_config)
@@ -399,6 +412,11 @@ class PreTrainedModelWrapper(nn.Module):
             wrapped._add_reward_adapter(str(reward_adapter))
         return wrapped
 
+    def keep_module_names(self):
+        """From now on `state_dict()` names weights as the modules do, `pretrained_model.*`: FSDP finds them by their names."""
+        for hook in self._renaming:
+            hook.remove()
+
     def forward(self, input_ids=None, attention_mask=None, select=None, **kwargs):
         """-> (logits [B, T, V] in float32, loss or None, values [B, T]).
 
@@ -414,7 +432,7 @@ class PreTrainedModelWrapper(nn.Module):
         finally:
             hook.remove()
         hidden = hidden[0] if select is None else hidden[0][select]
-        return output.logits.float(), output.loss, self.v_head(hidden).squeeze(-1)
+        return output.logits.float(), output.loss, self.v_head(hidden).squeeze(-1).clone()  # FSDP wants no view
 
     def generate(self, *args, **kwargs):
         """The language model's own `generate`."""
@@ -427,12 +445,11 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
         """Writes the model (or the adapter alone) and, beside it, the value head. The folder opens as the plain model
         and as this class. state_dict: as of `self.state_dict()`, when it had to be gathered first. Call on one rank."""
-        state_dict = state_dict or self.state_dict()
+        state_dict = {k.removeprefix("pretrained_model."): v for k, v in (state_dict or self.state_dict()).items()}
         head = {k: v.contiguous() for k, v in state_dict.items() if k.startswith("v_head.")}
         body = {k: v for k, v in state_dict.items() if not k.startswith(("v_head.", "score."))}
         if self.is_peft_model:
             kwargs.setdefault("selected_adapters", [self.pretrained_model.active_adapter])
-            body = None  # peft picks the adapter's weights out itself
         os.makedirs(save_directory, exist_ok=True)
         self.pretrained_model.save_pretrained(save_directory, state_dict=body, **kwargs)
         save_file(head, os.path.join(save_directory, VALUE_HEAD_FILE))

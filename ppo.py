@@ -49,6 +49,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
@@ -445,9 +446,10 @@ class PPOTrainer:
         project = ProjectConfiguration(**{"project_dir": config.output_dir, **config.project_kwargs})
         self.accelerator = Accelerator(**{"log_with": config.log_with, "project_config": project,
                                           "step_scheduler_with_optimizer": False, **config.accelerator_kwargs})
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise InputError("PPO generates from whole weights and does not train sharded ones (FSDP, DeepSpeed): run it under plain "
-                             "torchrun, a large model with lora_r and torch_dtype=bfloat16")
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise InputError("PPO does not train under DeepSpeed: shard a large model with FSDP 2 instead (docs/ppo.md)")
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            model.keep_module_names()
         ranks = config.world_size = self.accelerator.num_processes
         config.global_batch_size = config.batch_size * ranks
         config.global_backward_batch_size = config.backward_batch_size * ranks
@@ -470,6 +472,7 @@ class PPOTrainer:
             warnings.warn("no dataset: make a dataloader of your own, with batches of config.batch_size rows")
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(model, optimizer, lr_scheduler)
         self.policy = self.accelerator.unwrap_model(self.model)  # without DDP: for passes that need no gradient
+        register_fsdp_forward_method(self.policy, "generate")  # does nothing where nothing is sharded
         # accelerate's wrapper searches the disk for packages at each step; it is needed only where it scales gradients
         self._stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
 
@@ -513,6 +516,21 @@ class PPOTrainer:
         finally:
             self.policy.pretrained_model.set_adapter(policy)
 
+    @contextmanager
+    def whole_weights(self):
+        """Inside, each rank holds all of the policy's weights, where FSDP has sharded them: they are gathered once, and ranks
+        may call the policy unequally often, as they do while they sample."""
+        shards = [module for module in self.policy.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in shards:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+
     def prepare_dataloader(self, dataset, data_collator=None):
         """Shuffled batches of config.batch_size rows of this rank's own, with all their columns; the rest that fills no batch is
         dropped. The order is that of the seed and the epoch, whatever else is drawn. Raises ValueError for less than a batch."""
@@ -542,7 +560,7 @@ class PPOTrainer:
         queries = [query_tensor] if single else list(query_tensor)
         outputs = []
         for model in (nullcontext(self.policy), self.reference())[:1 + generate_ref_response]:
-            with model as model:
+            with self.whole_weights(), model as model:
                 outputs.append(self._generate(model, queries, length_sampler, batch_size, return_prompt, generation_kwargs))
         outputs = [rows[0][None] for rows in outputs] if single else outputs
         return tuple(outputs) if generate_ref_response else outputs[0]
@@ -713,7 +731,7 @@ class PPOTrainer:
     def _rollout_statistics(self, layout):
         """-> logprobs, ref_logprobs, values, masks [B, R], and the exact KL [B, R] where kl_penalty is 'full', else None."""
         full = self.config.kl_penalty == "full"
-        with torch.no_grad():
+        with torch.no_grad(), self.whole_weights():
             logprobs, logits, values = self._forward_rows(self.policy, layout, return_logits=full)
             with self.reference() as reference:
                 ref_logprobs, ref_logits, _ = self._forward_rows(reference, layout, return_logits=full)

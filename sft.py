@@ -635,9 +635,10 @@ class SFTTrainer(Trainer):
 
 # ------------------------------------------------------------------------------------------------ the script
 def show_samples(trainer, rows, title, out):
-    """Prints and keeps how the model goes on after the beginnings of a few rows."""
+    """Prints and keeps how the model goes on after the beginnings of a few rows. Not of sharded weights: one rank alone
+    can't run them."""
     tokenizer, model = trainer.tokenizer, trainer.model
-    if not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     print(f"\n{title}")
     model.eval()
