@@ -59,7 +59,10 @@ def setup_ranks():
         torch.set_float32_matmul_precision("high")
         return
     keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE") == "1":  # one process needs no group, and Trainer warns of one
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+    elif "WORLD_SIZE" in os.environ:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -641,6 +641,7 @@ def show_samples(trainer, rows, title, out):
     if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     print(f"\n{title}")
+    never = [tokenizer.pad_token_id] if tokenizer.pad_token_id != tokenizer.eos_token_id else None
     model.eval()
     with out.joinpath("samples.jsonl").open("a") as file:
         for row in islice(rows, 5):
@@ -648,7 +649,7 @@ def show_samples(trainer, rows, title, out):
             begin = next(i for i, label in enumerate(labels) if label != IGNORE) if not trainer.seq2seq else len(row["input_ids"])
             prompt = torch.tensor([row["input_ids"][:max(begin, 3)]], device=model.device)
             answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=0,
-                                    pad_token_id=tokenizer.pad_token_id)[0]
+                                    pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
             answer = answer if trainer.seq2seq else answer[prompt.shape[1]:]
             text = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], answer)]
             print(f"  {text[0]} |{text[1]}")
