@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import get_args, get_origin
@@ -236,13 +237,31 @@ def writable_folder(path):
         tempfile.TemporaryFile(dir=path).close()
 
 
-def newest_checkpoint(path):
-    """A folder checkpoint-<n>, or the one of the largest n in the folder of a run. Raises InputError."""
+def newest_checkpoint(path, last_file=""):
+    """A folder checkpoint-<n>, or the one of the largest n in the folder of a run. last_file: what is written last, without
+    which a checkpoint is none. Raises InputError."""
     path = Path(path)
-    found = [path] if path.name.startswith("checkpoint-") and path.is_dir() else list(path.glob("checkpoint-*"))
+    found = [path] if path.name.startswith("checkpoint-") and path.is_dir() else [
+        folder for folder in path.glob("checkpoint-*") if (folder / last_file).exists()]
     if not found:
-        raise InputError(f"resume_from {path}: no checkpoint-<n> there; give a checkpoint or the output folder of a run")
+        raise InputError(f"resume from {path}: no checkpoint-<n> there; give a checkpoint or the output folder of a run")
     return max(found, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def trainer_checkpoint(path):
+    """newest_checkpoint of a Trainer's run, passing over one that a kill cut short, once its files have been opened: what is
+    damaged is better known before a run goes on from it. Raises InputError."""
+    checkpoint = newest_checkpoint(path, "trainer_state.json")
+    with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        if not any(checkpoint.glob("*model*")):
+            raise FileNotFoundError("it holds no weights")
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()
+            elif file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
+                zipfile.ZipFile(file).close()
+    return str(checkpoint)
 
 
 class MetricsFile:
@@ -293,7 +312,9 @@ class Journal(TrainerCallback):
 def write_model_card(folder, what, config, data, metrics):
     """README.md of a trained model: what it is, from what it was made, and the last metrics. Call it on one rank."""
     sources = ", ".join(f"{kind} `{name}`" for kind, name in {"model": config.model_name or "toy", **data}.items())
-    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items() if isinstance(value, (int, float)))
+    timing = ("runtime", "per_second", "step")
+    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items()
+                        if isinstance(value, (int, float)) and not name.endswith(timing))
     Path(folder, "README.md").write_text(f"""---
 library_name: transformers
 ---
@@ -507,12 +528,17 @@ class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a model's folder or hub name. Where it has no pad token, the end-of-sequence token pads: what is
-    padding is known from the attention mask, so that the model still learns to end."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    """The tokenizer of a model's folder or hub name, with a pad token: what is padding is known from the attention mask, so
+    that a model still learns to end where both are the same."""
+    return with_padding(AutoTokenizer.from_pretrained(name))
+
+
+def with_padding(tokenizer):
+    """The tokenizer, with its end-of-sequence token for padding where it has no other. Raises InputError."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise InputError(f"tokenizer {name} has neither a pad token nor an end-of-sequence token: set tokenizer.pad_token")
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has neither a pad token nor an end-of-sequence token: set "
+                         "tokenizer.pad_token")
     return tokenizer
 
 

@@ -47,7 +47,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_rows, load_tokenizer,
-                    lora_config, newest_checkpoint, only_logits_of, run, set_seed, writable_folder, write_model_card)
+                    lora_config, only_logits_of, run, set_seed, trainer_checkpoint, with_padding, writable_folder,
+                    write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
@@ -133,8 +134,8 @@ def formatter(formatting_func, rows):
             text = formatting_func(row)
         text = text[0] if isinstance(text, list) and len(text) == 1 else text
         if not isinstance(text, str):
-            raise InputError(f"formatting_func returned {type(text).__name__} for one row and no list of 2 for 2 rows: return the "
-                             "text of a row, or a list with one text for each row of a batch")
+            raise InputError(f"formatting_func returned {type(text).__name__} for one row and no list of 2 for 2 rows: return "
+                             "the text of a row, or a list with one text for each row of a batch")
         return text
 
     return lambda batch: [one(dict(zip(batch, values))) for values in zip(*batch.values())]
@@ -155,8 +156,8 @@ def chat_tokens(tokenizer, messages, assistant_only):
         if assistant_only and message["role"] == "assistant":
             before, after = ids(messages[:i], add_generation_prompt=True), ids(messages[:i + 1])
             if whole[:len(after)] != after or after[:len(before)] != before:
-                raise InputError("the chat template writes a turn differently when others follow, so the assistant's tokens can't be "
-                                 "told apart: give rows of prompt and completion instead")
+                raise InputError("the chat template writes a turn differently when others follow, so the assistant's tokens "
+                                 "can't be told apart: give rows of prompt and completion instead")
             labels[len(before):len(after)] = after[len(before):]
     return whole, labels
 
@@ -172,7 +173,9 @@ def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True,
         return ids if eos_token_id is None or ids[-1:] == [eos_token_id] else ids + [eos_token_id]
 
     if texts_of is None and "input_ids" in batch:
-        return [list(ids) for ids in batch["input_ids"]], [list(x) for x in batch["labels"]] if "labels" in batch else None
+        masks = batch.get("attention_mask") or [[1] * len(ids) for ids in batch["input_ids"]]
+        kept = lambda name: [[x for x, m in zip(row, mask) if m] for row, mask in zip(batch[name], masks)]
+        return kept("input_ids"), kept("labels") if "labels" in batch else None
     if texts_of is None and field is None and "prompt" in batch and "completion" in batch:
         rows = []
         for prompt, completion in zip(batch["prompt"], batch["completion"]):
@@ -181,8 +184,8 @@ def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True,
                 start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
                 whole = tokenizer.apply_chat_template(prompt + turns, return_dict=False)
                 if whole[:len(start)] != start:
-                    raise InputError("the chat template writes a prompt differently when an answer follows: give rows of input_ids "
-                                     "and labels instead")
+                    raise InputError("the chat template writes a prompt differently when an answer follows: give rows of "
+                                     "input_ids and labels instead")
                 rows.append((start, whole[len(start):]))
             else:
                 start = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
@@ -193,8 +196,8 @@ def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True,
             return [start for start, _ in rows], [answer for _, answer in rows]
         return [start + answer for start, answer in rows], [[IGNORE] * len(start) + answer for start, answer in rows]
     if seq2seq:
-        raise InputError("an encoder-decoder learns from rows of prompt and completion, or of input_ids and labels; there are the "
-                         f"columns {list(batch)}")
+        raise InputError("an encoder-decoder learns from rows of prompt and completion, or of input_ids and labels; there are "
+                         f"the columns {list(batch)}")
     texts = texts_of(batch) if texts_of else batch[column_of(batch, field)]
     if texts and is_chat(texts[0]):
         rows = [chat_tokens(tokenizer, messages, assistant_only_loss) for messages in texts]
@@ -279,9 +282,15 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
         if self.keep_tail and left:
             yield left
 
+    def set_epoch(self, epoch):
+        """Called by Trainer before each pass: a run that is resumed goes on in the order of the pass it was in."""
+        self.passes = epoch
+
     def __iter__(self):
+        rows = self.rows(random.Random(f"{self.seed}-{self.passes}"))
         self.passes += 1
-        for row in self.rows(random.Random(f"{self.seed}-{self.passes}")):
+        worker = torch.utils.data.get_worker_info()
+        for row in islice(rows, worker.id, None, worker.num_workers) if worker else rows:
             ids, labels, begins = torch.tensor(row).T
             place = torch.arange(len(ids))
             yield {"input_ids": ids, "labels": labels, "position_ids": place - (place * begins).cummax(0).values}
@@ -385,8 +394,8 @@ class DataCollatorForCompletionOnlyLM:
         rows = [{"input_ids": list(row["input_ids"]), "labels": self.labels(list(row["input_ids"]))} for row in rows]
         for row in rows:
             if all(label == self.ignore_index for label in row["labels"]):
-                print(f"response_template {self.response_template!r} is not in the row {self.tokenizer.decode(row['input_ids'])!r}: "
-                      "nothing of it is learnt")
+                print(f"response_template {self.response_template!r} is not in the row "
+                      f"{self.tokenizer.decode(row['input_ids'])!r}: nothing of it is learnt")
         return DataCollator(self.tokenizer.pad_token_id)(rows)
 
 
@@ -396,7 +405,8 @@ def tokenize(batch, max_length, completions=None, **encoding):
     rows = {"input_ids": [row[:max_length] for row in ids]}
     rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
     if completions:
-        labels = [completions.labels(row) for row in rows["input_ids"]]
+        labels = [[IGNORE if label == completions.ignore_index else label for label in completions.labels(row)]
+                  for row in rows["input_ids"]]
     return {**rows, "labels": [row[:max_length] for row in labels]} if labels else rows
 
 
@@ -497,6 +507,8 @@ class SFTTrainer(Trainer):
                          processing_class=tokenizer or processing_class or self.tokenizer_of(model),
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.tokenizer = self.processing_class
+        if self.tokenizer.pad_token is None:
+            self.tokenizer = self.processing_class = with_padding(copy.deepcopy(self.tokenizer))
         self.seq2seq = self.model.config.is_encoder_decoder
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._loss_shifts_labels = not self.seq2seq  # how Trainer counts them
@@ -512,9 +524,12 @@ class SFTTrainer(Trainer):
                          "eos_token_id": self.tokenizer.eos_token_id if options["append_concat_token"] else None}
         self.completions = data_collator if isinstance(data_collator, DataCollatorForCompletionOnlyLM) else None
         flash = "flash" in str(getattr(self.model.config, "_attn_implementation", ""))
-        self.data_collator = data_collator if data_collator and not self.completions else (
-            Seq2SeqCollator if self.seq2seq else DataCollator)(self.tokenizer.pad_token_id, **({"flatten": True} if flash else {}))
-        how = {"formatting_func": formatting_func, "num_proc": dataset_num_proc, "batch_size": dataset_batch_size or None}
+        if data_collator is None or self.completions:
+            pad = self.tokenizer.pad_token_id
+            data_collator = Seq2SeqCollator(pad) if self.seq2seq else DataCollator(pad, flatten=flash)
+        self.data_collator = data_collator
+        self.how = how = {"formatting_func": formatting_func, "num_proc": dataset_num_proc,
+                          "batch_size": dataset_batch_size or None}
         if packing:
             self.train_dataset = self.pack(train_dataset, options, infinite=bool(infinite), num_of_sequences=num_of_sequences,
                                            chars_per_token=chars_per_token, formatting_func=formatting_func)
@@ -567,10 +582,11 @@ class SFTTrainer(Trainer):
         if not lazy and len(kept) < len(tokens):
             if not len(kept):
                 template = f" (response_template {self.completions.response_template!r})" if self.completions else ""
-                raise InputError(f"no row of the {name} data set has a token to learn{template}: of max_seq_length="
-                                 f"{self.max_seq_length} tokens nothing is left, or nothing was there; the first row is {first[0]}")
+                raise InputError(f"no row of the {name} data set has a token to learn{template} among its first "
+                                 f"{self.max_seq_length} (max_seq_length); the first row is {first[0]}")
             if self.is_world_process_zero():
-                print(f"{len(tokens) - len(kept)} of {len(tokens)} rows of the {name} data set have no token to learn and are dropped")
+                print(f"{len(tokens) - len(kept)} of {len(tokens)} rows of the {name} data set have no token to learn and are "
+                      "dropped")
         return kept
 
     def pack(self, rows, options, infinite, formatting_func, **sizes):
@@ -579,8 +595,11 @@ class SFTTrainer(Trainer):
             return rows
         self._set_signature_columns_if_needed()
         if self.completions or "position_ids" not in self._signature_columns:
-            raise InputError("packing " + ("goes with rows of prompt and completion, not with a collator for completions" if self.completions
-                             else f"keeps documents apart by position_ids, which {type(self.model).__name__} doesn't take"))
+            why = "goes with rows of prompt and completion, not with a collator for completions" if self.completions else (
+                f"keeps documents apart by position_ids, which {type(self.model).__name__} doesn't take")
+            raise InputError(f"packing {why}")
+        if next(iter(rows), None) is None:
+            raise InputError("the training data set is empty")
         packed = ConstantLengthDataset(
             self.tokenizer, rows, self.encoding["field"], formatting_func, infinite, self.max_seq_length,
             eos_token_id=None, seed=self.args.seed, **sizes, **options)
@@ -588,7 +607,7 @@ class SFTTrainer(Trainer):
             return packed
         with self.args.main_process_first(), explain("the training data set can't be packed"):
             fingerprint = Hasher.hash((rows._fingerprint, {k: v for k, v in vars(packed).items() if k != "dataset"}))
-            kept = Dataset.from_generator(packed.__iter__, fingerprint=fingerprint)
+            kept = Dataset.from_generator(packed.__iter__, fingerprint=fingerprint) if next(iter(packed), None) else []
         if not len(kept):
             raise InputError(f"the training data set doesn't fill one row of max_seq_length={self.max_seq_length} tokens: give more "
                              "text, a smaller max_seq_length, or dataset_kwargs={'keep_tail': True}")
@@ -609,9 +628,14 @@ class SFTTrainer(Trainer):
         logits = outputs.logits[learnt] if return_outputs else outputs.logits           # [N, V]
         nll = cross_entropy(logits, targets[learnt], self.args.label_smoothing_factor)  # [N]
         if not model.training:
-            self.seen = self.seen.to(nll.device) + torch.stack([nll.sum(), learnt.sum()]).detach()
-        loss = nll.sum() / (max(len(nll), 1) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes)
-        if outputs.get("aux_loss") is not None:  # of a mixture of experts: keeps their loads even
+            rows = nll.new_zeros(len(learnt)).index_add(0, learnt.nonzero()[:, 0], nll.detach())
+            both = torch.stack([rows, learnt.sum(1).to(rows)], 1)
+            self.seen = self.seen.to(nll.device) + self.accelerator.gather_for_metrics(both).sum(0)  # no row twice
+        tokens = max(len(nll) if num_items_in_batch is None else num_items_in_batch, 1)
+        loss = nll.sum() / tokens
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the mean over ranks, which is to come, divides by it
+        if model.training and outputs.get("aux_loss") is not None:  # of a mixture of experts: keeps their loads even
             loss = loss + plain.config.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         if model.training:
             check_finite(loss, self.state.global_step)
@@ -624,11 +648,17 @@ class SFTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """Trainer's, of rows as the constructor takes them too."""
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):
+            eval_dataset = self.prepare(eval_dataset, "evaluation", **self.how)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's; its loss is the mean over all tokens of all ranks, not over batches."""
         self.seen = torch.zeros(2)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.accelerator.reduce(self.seen.to(self.accelerator.device)).tolist()
+        total, tokens = self.seen.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 
@@ -648,8 +678,8 @@ def show_samples(trainer, rows, title, out):
             labels = row.get("labels", row["input_ids"])
             begin = next(i for i, label in enumerate(labels) if label != IGNORE) if not trainer.seq2seq else len(row["input_ids"])
             prompt = torch.tensor([row["input_ids"][:max(begin, 3)]], device=model.device)
-            answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=0,
-                                    pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
+            answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40,
+                                    do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
             answer = answer if trainer.seq2seq else answer[prompt.shape[1]:]
             text = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], answer)]
             print(f"  {text[0]} |{text[1]}")
@@ -659,7 +689,7 @@ def show_samples(trainer, rows, title, out):
 def main(config: SFTConfig):
     """Fine-tune a language model on texts, completions or chats. Returns the metrics of the last evaluation."""
     out = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint and newest_checkpoint(config.resume_from_checkpoint)
+    checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
     writable_folder(out)
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "blank"), config.torch_dtype)
@@ -684,7 +714,7 @@ def main(config: SFTConfig):
     shown = list(islice(trainer.eval_dataset or trainer.train_dataset, 5))
     if not checkpoint:
         show_samples(trainer, shown, "before training", out)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
         last = trainer.state.log_history[-2]  # the one before train()'s own
         metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
