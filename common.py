@@ -68,6 +68,16 @@ def setup_ranks():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def prepare_process(args):
+    """For each trainer over transformers.Trainer, with its arguments: a GPU has a process of its own (Trainer would split batches
+    among threads, which the algorithms here don't know), and CPUs keep freed memory. Raises InputError."""
+    if args.n_gpu > 1:
+        raise InputError(f"this one process sees {args.n_gpu} GPUs: start it with torchrun --nproc_per_node {args.n_gpu}, or show it one "
+                         "with CUDA_VISIBLE_DEVICES=0")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
 def keep_freed_memory():
     """On CPUs, for this process: malloc keeps large blocks that were freed. By default glibc gives each back to the system,
     which clears it anew, page by page, for the next tensor: a fifth to a quarter of the time of a PPO step."""
@@ -280,7 +290,7 @@ class MetricsFile:
 
 class Journal(TrainerCallback):
     """What a Trainer tells, on the main rank: metrics.jsonl, {"update": optimizer steps so far, "loss": ..., ...} a line, a
-    progress bar, and a line for each evaluation. It takes the place of Trainer's own: `trainer.remove_callback(ProgressCallback)`."""
+    progress bar, and a line for each evaluation. Trainer's own bar goes: `trainer.remove_callback(ProgressCallback)`."""
 
     def __init__(self, folder):
         self.path = Path(folder) / "metrics.jsonl"

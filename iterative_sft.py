@@ -50,8 +50,8 @@ from transformers import DataCollatorForLanguageModeling, GenerationConfig, Prog
 from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_callback import ExportableState
 
-from common import (TOY, InputError, Journal, check_finite, explain, keep_freed_memory, load_language_model, load_prompts,
-                    load_reward, load_rows, lora_config, newest_checkpoint, only_logits_of, run, set_seed, writable_folder,
+from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
+                    load_rows, lora_config, newest_checkpoint, only_logits_of, prepare_process, run, set_seed, writable_folder,
                     write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
@@ -266,8 +266,6 @@ class IterativeSFTTrainer(Trainer):
             raise InputError(f"max_length={max_length} leaves nothing to learn: give {least} or more")
         if args is not None and args.max_steps <= 0 and 0 < args.warmup_steps < 1:
             raise InputError(f"warmup_steps={args.warmup_steps} is a share of max_steps: give max_steps too, or a number of steps")
-        if not torch.cuda.is_available():
-            keep_freed_memory()
         self.max_length, self.keep_end = max_length, truncation_mode == "keep_end"
         self.optimize_device_cache = optimize_device_cache
         self.tokenizer, self.text_tokenizer = tokenizer, copy.deepcopy(tokenizer)
@@ -278,6 +276,7 @@ class IterativeSFTTrainer(Trainer):
         super().__init__(model=model, args=args, processing_class=tokenizer, optimizers=optimizers, eval_dataset=eval_dataset,
                          data_collator=self.evaluation_batch, compute_metrics=compute_metrics,
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        prepare_process(self.args)
         self._signature_columns = ["input_ids", "attention_mask", "labels", "text", "text_labels"]  # of eval_dataset
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
         self.current_gradient_accumulation_steps = 1

@@ -47,8 +47,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_rows, load_tokenizer,
-                    lora_config, only_logits_of, run, set_seed, trainer_checkpoint, with_padding, writable_folder,
-                    write_model_card)
+                    lora_config, only_logits_of, prepare_process, run, set_seed, trainer_checkpoint, with_padding,
+                    writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
@@ -506,6 +506,7 @@ class SFTTrainer(Trainer):
                          model_init=model_init, compute_metrics=compute_metrics, optimizers=optimizers,
                          processing_class=tokenizer or processing_class or self.tokenizer_of(model),
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        prepare_process(self.args)
         self.tokenizer = self.processing_class
         if self.tokenizer.pad_token is None:
             self.tokenizer = self.processing_class = with_padding(copy.deepcopy(self.tokenizer))

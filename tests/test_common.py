@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -594,3 +595,9 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(common.__file__).parent)
     assert done.returncode == 0, done.stderr
     assert sys.platform != "linux" or int(done.stdout) < 5 * 16384
+
+
+def test_several_gpus_in_one_process_are_refused():
+    """Trainer would split each batch among threads (DataParallel), under which a hook on the logits sees parts of it."""
+    with pytest.raises(common.InputError, match="torchrun --nproc_per_node 4"):
+        common.prepare_process(types.SimpleNamespace(n_gpu=4))

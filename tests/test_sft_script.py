@@ -480,7 +480,7 @@ BAD = {
     "template not found": (dict(response_template="nowhere"), r"no row .*\(response_template 'nowhere'\)"),
     "length that leaves nothing": (dict(max_seq_length=1), r"max_seq_length=1: give 2 to 128"),
     "length over the model's": (dict(max_seq_length=500), r"max_seq_length=500: give 2 to 128"),
-    "prompts that fill the length": (dict(rows=PAIRS[:4], max_seq_length=3), r"max_seq_length=3 tokens nothing is left"),
+    "prompts that fill the length": (dict(rows=PAIRS[:4], max_seq_length=3), r"no row .* has a token to learn among its first 3"),
     "chat without template": (dict(rows=chats(2)), r"chat_template"),
     "nothing to resume": (dict(resume_from_checkpoint="nowhere"), r"no checkpoint-<n> there"),
     "two adapters": (dict(model="adapter", lora_r=2), r"has an adapter already"),
