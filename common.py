@@ -427,7 +427,7 @@ class PreTrainedModelWrapper(nn.Module):
         Everything else goes to the transformers class. Raises ValueError for a model without LM head."""
         model, head = pretrained_model_name_or_path, None
         if isinstance(model, (str, Path)):
-            name, model = str(model), _load(cls.transformers_parent_class, str(model), is_trainable, *args, **kwargs)
+            name, model = str(model), load_pretrained(cls.transformers_parent_class, str(model), is_trainable, *args, **kwargs)
             head = read_value_head(name)
             if head is None and require_v_head is not False:
                 missing = f"{name} holds no value head: it starts at zero"
@@ -559,7 +559,7 @@ def load_language_model(name, dtype):
     with explain(f"model_name {name} can't be loaded"):
         tokenizer = load_tokenizer(name)
         seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
-        return tokenizer, _load(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, name, True, dtype=dtype)
+        return tokenizer, load_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, name, True, dtype=dtype)
 
 
 def lora_config(config, task_type):
@@ -579,7 +579,7 @@ def base_of(name):
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
-def _load(auto_class, name, is_trainable, *args, **kwargs):
+def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
     """A plain model, or base model + adapter where `name` is an adapter's folder."""
     base = auto_class.from_pretrained(base_of(name), *args, **kwargs)
     if base_of(name) == name:

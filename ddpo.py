@@ -24,10 +24,10 @@ Departures from TRL 0.7.10, whose names and arguments these are:
   6. Checkpoints hold all that a run is, so that a killed one goes on to the same numbers.
   7. Only public functions of diffusers are called; rewards may be integers; bad ones are told by name.
 
-    torchrun ddpo.py --no-use-lora --sample-batch-size 16 --train-batch-size 8 --sample-num-steps 20 --num-epochs 30
+    torchrun ddpo.py                                        one process
     torchrun --nproc_per_node 8 ddpo.py --model-name my/stable-diffusion --prompts prompts.txt --reward-function mine.py:f
 
-With nothing but the first command (one process) a toy model learns to paint coloured shapes in stronger colours: docs/ddpo.md.
+With nothing but the first command a toy model learns to paint coloured shapes in stronger colours: docs/ddpo.md.
 """
 import io
 import itertools
@@ -160,8 +160,8 @@ class DDPOConfig:
     prompts: Optional[str] = None
     """Prompts to draw from at random: a .txt/.jsonl/.json/.csv/.parquet file, a folder or a hub name, with a column prompt,
     text or query. None: the toy's."""
-    pictures_per_prompt: int = 2
-    """Pictures that a prompt is drawn for in a row: an epoch then compares like with like."""
+    pictures_per_prompt: int = 1
+    """Pictures in a row that are drawn for the same prompt; more of them compare like with like."""
     reward_function: str = "shape_alignment"
     """shape_alignment (for the toy's prompts), jpeg_compressibility, jpeg_incompressibility, or file.py:function that takes
     images [B, 3, H, W] in 0..1, prompts and metadata (the rows of the prompts) and returns B numbers."""
@@ -172,14 +172,14 @@ class DDPOConfig:
     lora_r: int = 4
     """Rank of the adapter."""
     lora_alpha: int = 16
-    """LoRA's scale is lora_alpha / lora_r. 0.7.10's is 1: right for long runs, and next to nothing in 100 epochs of 2 pictures."""
+    """LoRA's scale is lora_alpha / lora_r. 0.7.10's is 1: right for long runs, and next to nothing in short ones."""
     lora_weights: Optional[str] = None
     """LoRA weights to go on from: a folder or hub name that load_lora_weights takes. None: a fresh adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     train_times_per_pass: Optional[int] = None
     """Times of each sample that go through the UNet at once: the same gradient, faster, more memory. None: 1; for a toy 16."""
-    num_samples: int = 16
+    num_samples: int = 48
     """Pictures drawn before and after, with the same seed and prompts. 0: none."""
 
     def __post_init__(self):
@@ -206,6 +206,20 @@ class DDPOConfig:
 
     def to_dict(self):
         return asdict(self)
+
+
+@dataclass
+class ScriptConfig(DDPOConfig):
+    """DDPOConfig, with what the script does where no flag says otherwise: epochs that a small pipeline learns from."""
+
+    num_epochs: int = 50
+    """Epochs of sampling and training."""
+    sample_num_steps: int = 20
+    """Denoising steps of a picture."""
+    sample_batch_size: int = 16
+    """Pictures drawn at once, per process."""
+    train_batch_size: int = 8
+    """Samples of one forward and backward pass, per process."""
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -920,4 +934,4 @@ def main(config: DDPOConfig):
 
 
 if __name__ == "__main__":
-    run(main, DDPOConfig)
+    run(main, ScriptConfig)

@@ -9,7 +9,9 @@ SHARD_PPO = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP
 SHARD_TRAINER = ["--fsdp", "full_shard", "--fsdp-config", '{"transformer_layer_cls_to_wrap": ["GPT2Block"]}']
 FEW_STEPS = {
     "ppo.py": ["--batch-size", 4, "--mini-batch-size", 2, "--ppo-epochs", 1, "--max-new-tokens", 6, "--steps", 16],
-    "sft.py": ["--per-device-train-batch-size", 4, "--max-steps", 3],
+    "sft.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
+    "reward.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
+    "dpo.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Make the toy world: two tiny models and their data, small enough to train on two cores in a minute or two.
+"""Make the toy world: tiny models and their data, small enough to train on one core in a few minutes.
 
     python toy/make.py
 
@@ -11,27 +11,37 @@ The choices are independent and their probabilities known. So we know what the w
 language model would lose on a review (`entropy`), and how positive a review truly is (`valence`). The files, all in
 ordinary Hugging Face formats, lie beside this one:
 
-    model/                              a causal language model and its tokenizer, trained on the reviews
-    reward/                             a classifier with one output, trained on the pairs: higher is more positive
+    blank/                              a causal language model that has learnt nothing yet, in half precision, and its tokenizer
+    model/                              the same, trained on the reviews by sft.py
+    reward/                             a classifier with one output, trained by reward.py: higher is more positive
+    blank_reward/                       the same before it has learnt anything, in half precision: where reward.py starts
     reviews.jsonl  reviews_test.jsonl   {"text"}                        whole reviews
     prompts.jsonl                       {"query"}                       beginnings of reviews
     pairs.jsonl    pairs_test.jsonl     {"prompt", "chosen", "rejected"} two ways to go on; chosen is more positive
+    pipeline/      shapes.txt           what draws coloured shapes, by make_pipeline.py
 """
 import json
 import math
 import random
 import re
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast,
                           set_seed)
 from transformers.utils.logging import disable_progress_bar
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import sft  # noqa: E402
+from make_pipeline import make_pipeline  # noqa: E402
+from reward import RewardConfig, RewardTrainer  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- the grammar
 
@@ -137,13 +147,6 @@ def encode(tokenizer, texts):
     return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
 
 
-def language_loss(model, tokenizer, rows):
-    """Nats per token of whole reviews and their ends."""
-    batch = encode(tokenizer, [row["text"] + tokenizer.eos_token for row in rows])
-    logits = model(**batch).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), ignore_index=tokenizer.pad_token_id)
-
-
 def score(model, tokenizer, texts):
     return model(**encode(tokenizer, texts)).logits.squeeze(-1)
 
@@ -154,42 +157,54 @@ def score_pairs(model, tokenizer, rows):
     return score(model, tokenizer, texts).chunk(2)
 
 
-def preference_loss(model, tokenizer, rows):
-    """Bradley-Terry: the chance that one text is preferred is the sigmoid of the difference of the scores.
-
-    The pairs in the files are noise-free, and from those alone the scores would grow without bound. Here we know by
-    how much one text is better, hence how many of many judges would prefer it. With these shares as targets the best
-    score is the valence itself, up to a constant, and the last term draws that to where the scores are zero on average.
-
-    Some texts are cut at a comma, some have the end mark: an unfinished text is scored by what it says so far.
-    """
-    clauses, end = random.choice([1, 2, CLAUSES]), random.choice(["", tokenizer.eos_token])
-    rows = [row | {side: ",".join(row[side].split(",")[:clauses]) + end for side in ("chosen", "rejected")}
-            for row in rows]
-    chosen, rejected = score_pairs(model, tokenizer, rows)
-    better_by = torch.tensor([valence(row["chosen"]) - valence(row["rejected"]) for row in rows])
-    agreement = F.binary_cross_entropy_with_logits(chosen - rejected, better_by.sigmoid())
-    return agreement + 0.0003 * (chosen ** 2 + rejected ** 2).mean()
+def train_language_model(tokenizer):
+    """The language model, by sft.py's default run -> model, its loss on the test reviews in nats per token."""
+    set_seed(0)
+    GPT2LMHeadModel(config(tokenizer, layers=1, width=72)).half().save_pretrained(HERE / "blank")
+    tokenizer.save_pretrained(HERE / "blank")
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = sft.main(sft.SFTConfig(folder, save_strategy="no"))
+        return GPT2LMHeadModel.from_pretrained(folder), metrics["eval_loss"]
 
 
-def fit(model, loss, tokenizer, rows, epochs, lr, batch_size=64):
-    """AdamW, with a learning rate that falls along a cosine to nothing."""
-    steps = epochs * len(rows) // batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(model, tokenizer, random.sample(rows, batch_size)).backward()
-        optimizer.step()
-        schedule.step()
+def judged_pairs(n, eos_token):
+    """Fresh pairs for the reward model, and by how much the chosen text of each is better: its `margin`.
+
+    The pairs in the files are noise-free, and from those alone the scores would grow without bound. Here we know by how
+    much a text is better, and so may say that the labels tell nothing (label_smoothing_factor=0.5) and the margins all: the
+    best score is then the valence itself, up to a constant, which centring draws to where scores are zero on average.
+
+    Some texts are cut at a comma, some have the end mark: an unfinished text is scored by what it says so far."""
+    rng, rows = random.Random(1), []
+    while len(rows) < n:
+        prompt, *texts = pair(rng)
+        clauses, end = rng.choice([1, 2, CLAUSES]), rng.choice(["", eos_token])
+        worse, better = (",".join(text[len(prompt):].split(",")[:clauses]) + end for text in texts)
+        if worse != better:
+            rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "margin": valence(better) - valence(worse)})
+    return rows
+
+
+def train_reward(tokenizer, n=30000):
+    """The reward model, by reward.py: in one pass over n pairs. One layer joins each adjective to its adverb, a second sums up."""
+    set_seed(0)
+    GPT2ForSequenceClassification(config(tokenizer, layers=2, width=56)).half().save_pretrained(HERE / "blank_reward")
+    tokenizer.save_pretrained(HERE / "blank_reward")
+    model = GPT2ForSequenceClassification.from_pretrained(HERE / "blank_reward", dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        how = RewardConfig(folder, per_device_train_batch_size=64, num_train_epochs=1, learning_rate=2e-3, weight_decay=0.01,
+                           lr_scheduler_type="cosine", label_smoothing_factor=0.5, center_rewards_coefficient=0.0003,
+                           gradient_checkpointing=False, remove_unused_columns=False, save_strategy="no", disable_tqdm=True)
+        rows = Dataset.from_list(judged_pairs(n, tokenizer.eos_token))
+        RewardTrainer(model, how, tokenizer=tokenizer, train_dataset=rows).train()
+    return model.eval()
 
 
 @torch.no_grad()
-def report(model, reward, tokenizer, data):
+def report(model, loss, reward, tokenizer, data):
     texts = [row["text"] for row in data["reviews_test"]]
     good = sum(text.count(word) for text in texts for word in POSITIVE) / CLAUSES / len(texts)
     tokens = sum(map(len, tokenizer(texts).input_ids)) / len(texts)     # the first is given, but the end mark is not
-    loss = language_loss(model, tokenizer, data["reviews_test"]).item()
     chosen, rejected = score_pairs(reward, tokenizer, data["pairs_test"])
     queries = [row["query"] for row in data["prompts"][:512]]
     batch = tokenizer(queries, return_tensors="pt", padding=True, padding_side="left")
@@ -209,21 +224,19 @@ def report(model, reward, tokenizer, data):
 def main():
     start = time.time()
     set_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     disable_progress_bar()
     data = make_data()
     tokenizer = make_tokenizer(row["text"] for row in data["reviews"])
-    model = GPT2LMHeadModel(config(tokenizer, layers=1, width=72))
-    fit(model, language_loss, tokenizer, data["reviews"], epochs=16, lr=4e-3)
-    # One layer joins each adjective to its adverb, a second sums up the judgements.
-    reward = GPT2ForSequenceClassification(config(tokenizer, layers=2, width=56))
-    fit(reward, preference_loss, tokenizer, data["pairs"], epochs=15, lr=2e-3)
+    model, loss = train_language_model(tokenizer)
     model.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
-    reward.save_pretrained(HERE / "reward")
     tokenizer.padding_side = "right"            # the classifier works out no positions: they count from the row's start
+    reward = train_reward(tokenizer)
+    reward.save_pretrained(HERE / "reward")
     tokenizer.save_pretrained(HERE / "reward")
-    report(model, reward, tokenizer, data)
+    report(model, loss, reward, tokenizer, data)
+    make_pipeline()
     size = sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix != ".py" and path.is_file())
     print(f"{size / 1e6:.2f} MB in {HERE.name}/, made in {time.time() - start:.0f} s")
 
