@@ -26,6 +26,7 @@ from typing import get_args, get_origin
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -35,6 +36,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
+SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
 
 
 class InputError(ValueError):
@@ -356,6 +358,35 @@ def only_logits_of(model, select):
         yield
     finally:
         hook.remove()
+
+
+class LabelLogProb(torch.autograd.Function):
+    """log softmax(logits)[label] for logits [N, V], labels [N], without another tensor of [N, V], forward or backward:
+
+        d log p(label) / d logits = onehot(label) - p
+
+    The gradient is formed in the logits' own memory, so they are gone after the backward pass."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logsumexp = torch.cat([part.logsumexp(-1) for part in logits.split(SLICE)])
+        ctx.save_for_backward(logits, labels, logsumexp)
+        return logits.gather(-1, labels[:, None])[:, 0] - logsumexp
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, labels, logsumexp = ctx.saved_tensors
+        result = logits.detach()
+        for part, lse, g in zip(result.split(SLICE), logsumexp.split(SLICE), gradient.split(SLICE)):
+            part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
+        return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
+
+
+def logprobs_from_logits(logits, labels, gather=True):
+    """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
+    if not gather:
+        return F.log_softmax(logits.float(), dim=-1)
+    return LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten()).view(labels.shape)
 
 
 def disable_dropout(model):

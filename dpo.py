@@ -49,10 +49,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import common
 from common import (TOY, InputError, Journal, base_of, check_finite, create_reference_model, explain, load_language_model,
-                    load_pretrained, load_rows, lora_config, only_logits_of, prepare_process, run, set_seed, trainer_checkpoint,
-                    writable_folder, write_model_card)
+                    load_pretrained, load_rows, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run,
+                    set_seed, trainer_checkpoint, writable_folder, write_model_card)
 
-SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
 LOSSES = ("sigmoid", "hinge", "ipo", "kto", "kto_pair")
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where the reference was run beforehand
 
@@ -242,35 +241,6 @@ class DPODataCollatorWithPadding:
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
-class LabelLogProb(torch.autograd.Function):
-    """log softmax(logits)[label] for logits [N, V], labels [N], without another tensor of [N, V], forward or backward:
-
-        d log p(label) / d logits = onehot(label) - p
-
-    The gradient is formed in the logits' own memory, so they are gone after the backward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logsumexp = torch.cat([part.logsumexp(-1) for part in logits.split(SLICE)])
-        ctx.save_for_backward(logits, labels, logsumexp)
-        return logits.gather(-1, labels[:, None])[:, 0] - logsumexp
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, labels, logsumexp = ctx.saved_tensors
-        result = logits.detach()
-        for part, lse, g in zip(result.split(SLICE), logsumexp.split(SLICE), gradient.split(SLICE)):
-            part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-        return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
-
-
-def logprobs_from_logits(logits, labels, gather=True):
-    """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
-    if not gather:
-        return F.log_softmax(logits.float(), dim=-1)
-    return LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten()).view(labels.shape)
-
-
 def preference_losses(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1, label_smoothing=0.0,
                       loss_type="sigmoid"):
     """log pi(y_w|x), log pi(y_l|x), log pi_ref(y_w|x), log pi_ref(y_l|x), each [B] (means over tokens for ipo)

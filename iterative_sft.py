@@ -51,11 +51,10 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_callback import ExportableState
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
-                    load_rows, lora_config, newest_checkpoint, only_logits_of, prepare_process, run, set_seed, writable_folder,
-                    write_model_card)
+                    load_rows, logprobs_from_logits, lora_config, newest_checkpoint, only_logits_of, prepare_process, run,
+                    set_seed, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
-SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
 
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -178,35 +177,6 @@ def draw_prompts(rows, start, count, seed):
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
-class LabelLogProb(torch.autograd.Function):
-    """log softmax(logits)[label] for logits [N, V], labels [N], without another tensor of [N, V], forward or backward:
-
-        d log p(label) / d logits = onehot(label) - p
-
-    The gradient is formed in the logits' own memory, so they are gone after the backward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logsumexp = torch.cat([part.logsumexp(-1) for part in logits.split(SLICE)])
-        ctx.save_for_backward(logits, labels, logsumexp)
-        return logits.gather(-1, labels[:, None])[:, 0] - logsumexp
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, labels, logsumexp = ctx.saved_tensors
-        result = logits.detach()
-        for part, lse, g in zip(result.split(SLICE), logsumexp.split(SLICE), gradient.split(SLICE)):
-            part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-        return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
-
-
-def logprobs_from_logits(logits, labels, gather=True):
-    """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
-    if not gather:
-        return F.log_softmax(logits.float(), dim=-1)
-    return LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten()).view(labels.shape)
-
-
 def next_tokens(labels):
     """labels [B, T] -> what each position is to predict [B, T]: the label after it, and nothing at the end."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)

@@ -56,12 +56,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
-from common import (TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError, MetricsFile,
-                    base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
-                    lora_config, newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
+from common import (SLICE, TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError,
+                    MetricsFile, base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
+                    logprobs_from_logits, lora_config, newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
 
 FORWARD_TOKENS = 2048  # tokens (rows x width) that go through a model at once where no gradient is needed
-SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
 JSON = tyro.conf.arg(metavar="JSON", constructor=json.loads)
 
 
@@ -238,35 +237,6 @@ class EpochSampler(DistributedSampler):
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
-class LabelLogProb(torch.autograd.Function):
-    """log softmax(logits)[label] for logits [N, V], labels [N], without another tensor of [N, V], forward or backward:
-
-        d log p(label) / d logits = onehot(label) - p
-
-    The gradient is formed in the logits' own memory, so they are gone after the backward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logsumexp = torch.cat([part.logsumexp(-1) for part in logits.split(SLICE)])
-        ctx.save_for_backward(logits, labels, logsumexp)
-        return logits.gather(-1, labels[:, None])[:, 0] - logsumexp
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, labels, logsumexp = ctx.saved_tensors
-        result = logits.detach()
-        for part, lse, g in zip(result.split(SLICE), logsumexp.split(SLICE), gradient.split(SLICE)):
-            part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-        return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
-
-
-def logprobs_from_logits(logits, labels, gather=True):
-    """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
-    if not gather:
-        return F.log_softmax(logits.float(), dim=-1)
-    return LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten()).view(labels.shape)
-
-
 def entropy_from_logits(logits):
     """[..., V] -> entropy of each distribution [...], in nats. A slice at a time: copies of all logits would be the largest
     tensors of a step."""

@@ -4,7 +4,6 @@ gets wrong, every argument, and shared prompts.
     python -m pytest -q tests/test_dpo.py
 """
 import copy
-import inspect
 import json
 import math
 import warnings
@@ -19,7 +18,7 @@ from torch.utils.data import SequentialSampler
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 import dpo
-import ppo
+import common
 from common import InputError
 from conftest import BOS, CAUSAL, EOS, PAD, VOCAB, hf_model
 from dpo import DPODataCollatorWithPadding, DPOTrainer, pack, pair_lengths, preference_losses, shared_layout, tokenize_pair
@@ -214,16 +213,11 @@ def test_log_probability_gradient_is_autograd_s():
     torch.manual_seed(0)
     logits, labels = torch.randn(150, 11, dtype=torch.float64), torch.randint(11, (150,))
     weights, grads = torch.randn(150, dtype=torch.float64), []
-    for function in (lambda x: dpo.LabelLogProb.apply(x, labels), lambda x: x.log_softmax(-1).gather(1, labels[:, None])[:, 0]):
+    for function in (lambda x: common.LabelLogProb.apply(x, labels), lambda x: x.log_softmax(-1).gather(1, labels[:, None])[:, 0]):
         leaf = logits.clone().requires_grad_()
         (function(leaf * 1.0) * weights).sum().backward()
         grads.append(leaf.grad)
     agree(*grads)
-
-
-def test_code_of_the_same_name_is_the_same_code():
-    for name in ("LabelLogProb", "logprobs_from_logits"):
-        assert inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ppo, name))
 
 
 def test_sums_are_float32_when_logits_are_bfloat16():  # D4

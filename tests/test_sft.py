@@ -18,8 +18,6 @@ from tokenizers import Tokenizer
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, GPT2Config, GPT2LMHeadModel,
                           PreTrainedTokenizerFast, TrainingArguments)
 
-import ppo
-import sft
 from common import TOY, InputError, disable_dropout
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from sft import (IGNORE, ConstantLengthDataset, DataCollator, DataCollatorForCompletionOnlyLM, Seq2SeqCollator, SFTTrainer,
@@ -137,11 +135,6 @@ def test_loss_and_gradient_are_torch_s(smoothing):
 def test_each_position_predicts_the_label_after_it():
     labels = torch.tensor([[5, 6, 7], [IGNORE, 8, IGNORE]])
     assert next_tokens(labels).tolist() == [[6, 7, IGNORE], [8, IGNORE, IGNORE]]
-
-
-@pytest.mark.parametrize("name", ["LabelLogProb", "logprobs_from_logits"])
-def test_the_same_name_means_the_same_code_as_in_ppo(name):
-    assert inspect.getsource(getattr(sft, name)) == inspect.getsource(getattr(ppo, name))
 
 
 def test_a_model_that_knows_nothing_loses_the_log_of_the_vocabulary(make_sft):
@@ -1036,7 +1029,6 @@ def test_a_tokenizer_without_padding_pads_with_its_end_or_is_refused(tmp_path, m
     trainer = SFTTrainer(str(folder), make_args(), train_dataset=rows_of(TEXTS))
     trainer.train()
     assert trainer.tokenizer.pad_token_id == EOS
-    given = make_tokenizer(pad_token=None)
 
 
 def test_a_tokenizer_that_is_given_without_padding_is_no_worse(make_tokenizer, make_sft):

@@ -2,7 +2,6 @@
 import ast
 import json
 import math
-import os
 import re
 import runpy
 import shlex
