@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
                           AutoTokenizer, TrainerCallback)
@@ -358,6 +359,22 @@ def only_logits_of(model, select):
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def whole_weights(model):
+    """Inside, each rank holds all of the model's weights, where FSDP 2 has sharded them: they are gathered once, and ranks may
+    call the model unequally often, as they do while they sample. Enter and leave it on every rank."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 class LabelLogProb(torch.autograd.Function):

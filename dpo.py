@@ -951,7 +951,7 @@ def main(config: DPOConfig):
         show_samples("before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if test is not None:
-        last = trainer.state.log_history[-2]  # the one before train()'s own
+        last = trainer.state.log_history[-2:][0]  # before train()'s own
         metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
     show_samples("after training")
     trainer.save_model(str(out))

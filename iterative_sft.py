@@ -52,7 +52,7 @@ from transformers.trainer_callback import ExportableState
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
                     load_rows, logprobs_from_logits, lora_config, newest_checkpoint, only_logits_of, prepare_process, run,
-                    set_seed, writable_folder, write_model_card)
+                    set_seed, whole_weights, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 
@@ -515,7 +515,9 @@ def sample(model, tokenizer, queries, n, config):
             side = "right" if seq2seq else "left"
             mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side=side).to(model.device)
             ids = pad_sequence(ids, True, tokenizer.pad_token_id, padding_side=side).to(model.device)
-            output = model.generate(input_ids=ids, attention_mask=mask)[:, 1 if seq2seq else ids.shape[1]:]
+            with whole_weights(model):
+                output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
+            output = output[:, 1 if seq2seq else ids.shape[1]:]
             for row, i in enumerate(picked):
                 answers[i] = [cut_after(answer, ends) for answer in output[row * n:(row + 1) * n]]
     finally:

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
@@ -58,7 +58,8 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Temper
 
 from common import (SLICE, TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError,
                     MetricsFile, base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
-                    logprobs_from_logits, lora_config, newest_checkpoint, run, set_seed, setup_ranks, writable_folder)
+                    logprobs_from_logits, lora_config, newest_checkpoint, run, set_seed, setup_ranks, whole_weights,
+                    writable_folder)
 
 FORWARD_TOKENS = 2048  # tokens (rows x width) that go through a model at once where no gradient is needed
 JSON = tyro.conf.arg(metavar="JSON", constructor=json.loads)
@@ -486,21 +487,6 @@ class PPOTrainer:
         finally:
             self.policy.pretrained_model.set_adapter(policy)
 
-    @contextmanager
-    def whole_weights(self):
-        """Inside, each rank holds all of the policy's weights, where FSDP has sharded them: they are gathered once, and ranks
-        may call the policy unequally often, as they do while they sample."""
-        shards = [module for module in self.policy.modules() if isinstance(module, FSDPModule)]
-        for module in shards:
-            module.unshard()
-            module.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            for module in shards:
-                module.set_reshard_after_forward(True, recurse=False)
-                module.reshard()
-
     def prepare_dataloader(self, dataset, data_collator=None):
         """Shuffled batches of config.batch_size rows of this rank's own, with all their columns; the rest that fills no batch is
         dropped. The order is that of the seed and the epoch, whatever else is drawn. Raises ValueError for less than a batch."""
@@ -530,7 +516,7 @@ class PPOTrainer:
         queries = [query_tensor] if single else list(query_tensor)
         outputs = []
         for model in (nullcontext(self.policy), self.reference())[:1 + generate_ref_response]:
-            with self.whole_weights(), model as model:
+            with whole_weights(self.policy), model as model:
                 outputs.append(self._generate(model, queries, length_sampler, batch_size, return_prompt, generation_kwargs))
         outputs = [rows[0][None] for rows in outputs] if single else outputs
         return tuple(outputs) if generate_ref_response else outputs[0]
@@ -701,7 +687,7 @@ class PPOTrainer:
     def _rollout_statistics(self, layout):
         """-> logprobs, ref_logprobs, values, masks [B, R], and the exact KL [B, R] where kl_penalty is 'full', else None."""
         full = self.config.kl_penalty == "full"
-        with torch.no_grad(), self.whole_weights():
+        with torch.no_grad(), whole_weights(self.policy):
             logprobs, logits, values = self._forward_rows(self.policy, layout, return_logits=full)
             with self.reference() as reference:
                 ref_logprobs, ref_logits, _ = self._forward_rows(reference, layout, return_logits=full)

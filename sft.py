@@ -638,23 +638,27 @@ class SFTTrainer(Trainer):
 def show_samples(trainer, rows, title, out):
     """Prints and keeps how the model goes on after the beginnings of a few rows. Not of sharded weights: one rank alone
     can't run them."""
-    tokenizer, model = trainer.tokenizer, trainer.model
     if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
-    print(f"\n{title}")
-    never = [tokenizer.pad_token_id] if tokenizer.pad_token_id != tokenizer.eos_token_id else None
-    model.eval()
+    trainer.model.eval()
+    pairs = [continued(trainer, row) for row in rows]
+    print("\n".join([f"\n{title}", *(f"  {prompt} |{answer}" for prompt, answer in pairs)]))
     with out.joinpath("samples.jsonl").open("a") as file:
-        for row in islice(rows, 5):
-            labels = row.get("labels", row["input_ids"])
-            begin = next(i for i, label in enumerate(labels) if label != IGNORE) if not trainer.seq2seq else len(row["input_ids"])
-            prompt = torch.tensor([row["input_ids"][:max(begin, 3)]], device=model.device)
-            answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40,
-                                    do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
-            answer = answer if trainer.seq2seq else answer[prompt.shape[1]:]
-            text = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], answer)]
-            print(f"  {text[0]} |{text[1]}")
-            file.write(json.dumps({"update": trainer.state.global_step, "prompt": text[0], "completion": text[1]}) + "\n")
+        for prompt, answer in pairs:
+            file.write(json.dumps({"update": trainer.state.global_step, "prompt": prompt, "completion": answer}) + "\n")
+
+
+def continued(trainer, row):
+    """What is given of a row, the prompt or the first tokens, and how the model goes on: two texts."""
+    tokenizer, model = trainer.tokenizer, trainer.model
+    labels = row.get("labels", row["input_ids"])
+    begin = len(row["input_ids"]) if trainer.seq2seq else next(i for i, label in enumerate(labels) if label != IGNORE)
+    prompt = torch.tensor([row["input_ids"][:max(begin, 3)]], device=model.device)
+    never = [tokenizer.pad_token_id] if tokenizer.pad_token_id != tokenizer.eos_token_id else None
+    answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=0,
+                            pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
+    answer = answer if trainer.seq2seq else answer[prompt.shape[1]:]
+    return tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], answer))
 
 
 def main(config: SFTConfig):
@@ -687,7 +691,7 @@ def main(config: SFTConfig):
         show_samples(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        last = trainer.state.log_history[-2]  # the one before train()'s own
+        last = trainer.state.log_history[-2:][0]  # before train()'s own
         metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
     show_samples(trainer, shown, "after training", out)
     trainer.save_model(str(out))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import ddpo
 from common import TOY, InputError, run
-from ddpo import DDPOConfig, main
+from ddpo import DDPOConfig, ScriptConfig, main
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--sample-num-steps", "3", "--num-samples", "0", "--num-epochs"]
@@ -43,7 +43,7 @@ def metrics(folder):
 
 
 def small(folder, **fields):
-    return DDPOConfig(**{"sample_num_steps": 3, "num_epochs": 1, "num_samples": 0, "output_dir": str(folder), **fields})
+    return ScriptConfig(**{"sample_num_steps": 3, "num_epochs": 1, "num_samples": 0, "output_dir": str(folder), **fields})
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -67,11 +67,11 @@ def test_a_run_leaves_a_lora_that_the_plain_pipeline_loads(finished_run):
 def test_pictures_and_their_rewards_are_kept_before_and_after(finished_run):
     out, done = finished_run
     for title in ("before", "after"):
-        assert Image.open(out / f"{title}.png").size == (8 * 96, 2 * 96)
-        assert re.search(rf"{title} training: reward \d\.\d+ ± \d\.\d+ in 16 pictures", done.stdout + done.stderr)
+        assert Image.open(out / f"{title}.png").size == (8 * 96, 6 * 96)
+        assert re.search(rf"{title} training: reward \d\.\d+ ± \d\.\d+ in 48 pictures", done.stdout + done.stderr)
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in rows] == [0] * 16 + [2] * 16
-    assert [r["prompt"] for r in rows[:16]] == [r["prompt"] for r in rows[16:]]
+    assert [r["epoch"] for r in rows] == [0] * 48 + [2] * 48
+    assert [r["prompt"] for r in rows[:48]] == [r["prompt"] for r in rows[48:]]
     assert {"a red circle", "a yellow triangle"} <= {r["prompt"] for r in rows}
 
 
@@ -94,7 +94,7 @@ def test_the_model_card_tells_how_the_model_was_made(finished_run):
 
 def test_help_tells_every_option(capsys):
     with pytest.raises(SystemExit):
-        tyro.cli(DDPOConfig, args=["--help"])
+        tyro.cli(ScriptConfig, args=["--help"])
     told = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in told for name in DDPOConfig.__dataclass_fields__)
 
@@ -283,7 +283,7 @@ def test_guidance_of_1_or_less_is_no_guidance(fields, tmp_path):
 def test_on_the_command_line_an_error_is_one_line_and_the_status_is_not_zero(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ddpo.py", "--model-name", "./nowhere", "--output-dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="^ddpo.py: error: model_name ./nowhere can't be loaded") as end:
-        run(main, DDPOConfig)
+        run(main, ScriptConfig)
     assert "\n" not in end.value.code  # a text as the status: it is printed, and the status is 1
 
 
@@ -319,4 +319,4 @@ def test_every_ddpo_command_of_the_page_parses():
     assert found
     for command in found:
         words = shlex.split(command)
-        assert tyro.cli(DDPOConfig, args=words[words.index("ddpo.py") + 1:]).num_epochs > 0
+        assert tyro.cli(ScriptConfig, args=words[words.index("ddpo.py") + 1:]).num_epochs > 0

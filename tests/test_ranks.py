@@ -17,7 +17,7 @@ from common import TOY, set_seed
 from ppo import PPOConfig, PPOTrainer, load_policy
 
 ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-config = PPOConfig(batch_size=8 // ranks, mini_batch_size=4 // ranks, ppo_epochs=2, learning_rate=3e-4, target=0.01,
+config = PPOConfig(batch_size=8 // ranks, mini_batch_size=4 // ranks, ppo_epochs=2, learning_rate=1e-4, target=0.01,
                    horizon=50, use_score_scaling=True, whiten_rewards=True, max_grad_norm=0.5)
 tokenizer, model = load_policy(config)
 trainer = PPOTrainer(config, model, None, tokenizer)

@@ -994,7 +994,7 @@ BAD = {
     "an empty named evaluation set": (dict(eval_dataset={"held": Dataset.from_dict({"text": []})}), r"the held data set is empty"),
     "an empty data set to pack": (dict(rows=Dataset.from_dict({"text": []}), packing=True), r"the training data set is empty"),
     "nothing to learn": (dict(rows=[{"input_ids": [4, 5], "labels": [IGNORE, IGNORE]}]), r"no row of the training data set has a token to learn"),
-    "prompts that fill max_seq_length": (dict(rows=PAIRS[2:3], max_seq_length=3), r"no row .*of max_seq_length=3 tokens nothing is left"),
+    "prompts that fill max_seq_length": (dict(rows=PAIRS[2:3], max_seq_length=3), r"no row .* has a token to learn among its first 3"),
     "a row with one token": (dict(max_seq_length=1), r"max_seq_length=1: give 2 to 64"),
     "more than the model's positions": (dict(max_seq_length=65), r"max_seq_length=65: give 2 to 64"),
     "too little to pack": (dict(rows=rows_of(["w4"]), packing=True, max_seq_length=8), r"doesn't fill one row of max_seq_length=8"),

@@ -10,6 +10,8 @@ SHARD_TRAINER = ["--fsdp", "full_shard", "--fsdp-config", '{"transformer_layer_c
 FEW_STEPS = {
     "ppo.py": ["--batch-size", 4, "--mini-batch-size", 2, "--ppo-epochs", 1, "--max-new-tokens", 6, "--steps", 16],
     "sft.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
+    "iterative_sft.py": ["--prompts-per-round", 4, "--num-samples", 2, "--per-device-train-batch-size", 2, "--max-steps", 2,
+                         "--max-new-tokens", 6],
     "reward.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
     "dpo.py": ["--per-device-train-batch-size", 4, "--max-steps", 3, "--eval-strategy", "no"],
 }
