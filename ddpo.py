@@ -45,21 +45,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing diffusers tells of torchvision, which isn't needed
-
 import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from diffusers.utils.logging import disable_progress_bar
-from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils import logging
+
+verbosity = logging.get_verbosity()
+logging.set_verbosity_error()  # importing diffusers warns of torchvision, which isn't needed
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.torch_utils import randn_tensor
+logging.set_verbosity(verbosity)
 
 from common import (TOY, InputError, MetricsFile, disable_dropout, explain, load_rows, newest_checkpoint, run, set_seed,
                     setup_ranks, writable_folder)
