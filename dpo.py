@@ -73,7 +73,7 @@ class DPOConfig(TrainingArguments):
     learning_rate: Optional[float] = None
     """AdamW's learning rate. None: 5e-4 x sqrt(1e5 / number of weights), which is 5e-4 for the toy model and 2e-6 for one of
     7 billion."""
-    num_train_epochs: float = 6
+    num_train_epochs: float = 8
     """Passes over the pairs."""
     logging_steps: float = 1
     """Optimizer steps between two lines of metrics.jsonl."""

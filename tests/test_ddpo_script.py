@@ -24,7 +24,7 @@ from common import TOY, InputError, run
 from ddpo import DDPOConfig, ScriptConfig, main
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--sample-num-steps", "3", "--num-samples", "0", "--num-epochs"]
+SMALL = ["--sample-batch-size", "1", "--train-batch-size", "1", "--sample-num-steps", "3", "--num-samples", "0", "--num-epochs"]
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -43,7 +43,8 @@ def metrics(folder):
 
 
 def small(folder, **fields):
-    return ScriptConfig(**{"sample_num_steps": 3, "num_epochs": 1, "num_samples": 0, "output_dir": str(folder), **fields})
+    return ScriptConfig(**{"sample_num_steps": 3, "sample_batch_size": 1, "train_batch_size": 1, "num_epochs": 1,
+                           "num_samples": 0, "output_dir": str(folder), **fields})
 
 
 # ------------------------------------------------------------------------------------------------ a run
