@@ -69,7 +69,7 @@ class IterativeSFTConfig(TrainingArguments):
     """AdamW's learning rate; a large model wants about 1e-5."""
     per_device_train_batch_size: int = 32
     """Rows of one forward and backward pass."""
-    num_train_epochs: float = 50
+    num_train_epochs: float = 80
     """Rounds of sampling and learning. With max_steps the run ends after so many optimizer steps, if that is sooner."""
     lr_scheduler_type: str = "constant"
     """How the learning rate falls."""
