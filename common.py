@@ -322,6 +322,12 @@ class Journal(TrainerCallback):
         self.bar.close()
 
 
+def last_evaluation(trainer):
+    """The metrics of the evaluation that ended the training, or of one that is made now: the weights may be other ones since."""
+    last = trainer.state.log_history[-2:][0]  # before train()'s own line
+    return last if "eval_loss" in last and not trainer.args.load_best_model_at_end else trainer.evaluate()
+
+
 def write_model_card(folder, what, config, data, metrics):
     """README.md of a trained model: what it is, from what it was made, and the last metrics. Call it on one rank."""
     sources = ", ".join(f"{kind} `{name}`" for kind, name in {"model": config.model_name or "toy", **data}.items())
@@ -592,11 +598,14 @@ def load_tokenizer(name):
 
 
 def with_padding(tokenizer):
-    """The tokenizer, with its end-of-sequence token for padding where it has no other. Raises InputError."""
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.pad_token is None:
+    """The tokenizer, or a copy of it that pads with its end-of-sequence token. Raises InputError where it has neither."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    if tokenizer.eos_token is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path} has neither a pad token nor an end-of-sequence token: set "
                          "tokenizer.pad_token")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -616,6 +625,17 @@ def lora_config(config, task_type):
         return None
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type=task_type)
+
+
+def with_adapter(model, peft_config, seed):
+    """The model with a fresh adapter on it; equal seeds draw equal ones. Raises InputError where it has one already."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    if hasattr(model, "peft_config"):
+        raise InputError("the model has an adapter already, and peft_config asks for another: give one or the other")
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer's switch does that
+    set_seed(seed)
+    return get_peft_model(model, peft_config)
 
 
 def base_of(name):

@@ -48,9 +48,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ProgressCallback, Trainer, TrainingArguments
 
 import common
-from common import (TOY, InputError, Journal, base_of, check_finite, create_reference_model, explain, load_language_model,
-                    load_pretrained, load_rows, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run,
-                    set_seed, trainer_checkpoint, writable_folder, write_model_card)
+from common import (TOY, InputError, Journal, base_of, check_finite, create_reference_model, explain, last_evaluation,
+                    load_language_model, load_pretrained, load_rows, logprobs_from_logits, lora_config, only_logits_of,
+                    prepare_process, run, set_seed, trainer_checkpoint, writable_folder, write_model_card)
 
 LOSSES = ("sigmoid", "hinge", "ipo", "kto", "kto_pair")
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where the reference was run beforehand
@@ -951,8 +951,7 @@ def main(config: DPOConfig):
         show_samples("before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if test is not None:
-        last = trainer.state.log_history[-2:][0]  # before train()'s own
-        metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
+        metrics = last_evaluation(trainer)
     show_samples("after training")
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():

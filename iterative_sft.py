@@ -51,8 +51,8 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_callback import ExportableState
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
-                    load_rows, logprobs_from_logits, lora_config, newest_checkpoint, only_logits_of, prepare_process, run,
-                    set_seed, whole_weights, writable_folder, write_model_card)
+                    load_rows, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
+                    trainer_checkpoint, whole_weights, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 
@@ -596,7 +596,7 @@ def main(config: IterativeSFTConfig):
     """Best-of-n fine-tuning of a language model: sample, keep what the reward likes best, learn it, again. Returns the last
     round's statistics."""
     out = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint and newest_checkpoint(config.resume_from_checkpoint)
+    checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
     writable_folder(out)
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "model"), config.torch_dtype)

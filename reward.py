@@ -46,8 +46,9 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, ProgressCallback, Trainer, TrainingArguments
 
-from common import (TOY, InputError, Journal, base_of, check_finite, explain, load_pretrained, load_rows, load_tokenizer,
-                    lora_config, prepare_process, run, set_seed, trainer_checkpoint, writable_folder, write_model_card)
+from common import (TOY, InputError, Journal, base_of, check_finite, explain, last_evaluation, load_pretrained, load_rows,
+                    load_tokenizer, lora_config, prepare_process, run, set_seed, trainer_checkpoint, with_adapter,
+                    with_padding, writable_folder, write_model_card)
 
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
@@ -435,7 +436,7 @@ class RewardTrainer(Trainer):
         tokenizer = tokenizer or processing_class
         if tokenizer is None:
             raise InputError("RewardTrainer needs the model's tokenizer: pass tokenizer=")
-        self.peft_config, self.tokenizer, self.custom_collator = peft_config, with_pad(tokenizer), data_collator is not None
+        self.peft_config, self.tokenizer, self.custom_collator = peft_config, with_padding(tokenizer), data_collator is not None
         if args.remove_unused_columns and not self.custom_collator:
             warnings.warn("remove_unused_columns=True: of the data sets' columns only the pairs' and margin are kept; set it to False "
                           "to say that you know")
@@ -463,15 +464,10 @@ class RewardTrainer(Trainer):
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id  # a saved classifier finds a text's end by it
         if self.peft_config is None:
             return model
-        if hasattr(model, "peft_config"):
-            raise InputError("the model has an adapter already, and peft_config asks for another: give one or the other")
-        from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
-        if getattr(model, "is_quantized", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer's switch does that
+        from peft import TaskType
         peft_config = copy.deepcopy(self.peft_config)
         peft_config.task_type = TaskType.SEQ_CLS  # the head is trained, and saved with the adapter
-        set_seed(args.seed)  # equal seeds draw equal adapters
-        return get_peft_model(model, peft_config)
+        return with_adapter(model, peft_config, args.seed)
 
     def call_model_init(self, trial=None):
         return self.made_ready(super().call_model_init(trial), self.args)
@@ -604,17 +600,6 @@ def both_sides(inputs):
     return {kind: torch.cat([inputs[f"{kind}_{side}"].flatten() for side in SIDES]) for kind in ("input_ids", "attention_mask")}
 
 
-def with_pad(tokenizer):
-    """The tokenizer, or a copy of it that pads with its end-of-sequence token. Raises InputError where there is neither."""
-    if tokenizer.pad_token is not None:
-        return tokenizer
-    if tokenizer.eos_token is None:
-        raise InputError("the tokenizer has neither a pad token nor an end-of-sequence token: set tokenizer.pad_token")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 # ------------------------------------------------------------------------------------------------ the script
 def load_classifier(name, dtype):
     """-> tokenizer, classifier of one label: a language model gets a fresh head, a classifier keeps its own (and with it, its
@@ -669,8 +654,7 @@ def main(config: RewardConfig):
         show_judgements(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        last = trainer.state.log_history[-2:][0]  # the one before train()'s own
-        metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
+        metrics = last_evaluation(trainer)
     show_judgements(trainer, shown, "after training", out)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():

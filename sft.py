@@ -46,9 +46,9 @@ from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
-from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_rows, load_tokenizer,
-                    logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed, trainer_checkpoint,
-                    with_padding, writable_folder, write_model_card)
+from common import (TOY, InputError, Journal, check_finite, explain, last_evaluation, load_language_model, load_rows,
+                    load_tokenizer, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
+                    trainer_checkpoint, with_adapter, with_padding, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 
@@ -468,18 +468,16 @@ class SFTTrainer(Trainer):
         elif model_init_kwargs:
             raise InputError("model_init_kwargs are for loading a model by its name, and `model` is one already")
         if peft_config is not None and model is not None:
-            model = self.with_adapter(model, peft_config, args)
+            model = with_adapter(model, peft_config, args.seed)
         elif peft_config is not None:
             plain = model_init
-            model_init = lambda: self.with_adapter(plain(), peft_config, args)
+            model_init = lambda: with_adapter(plain(), peft_config, args.seed)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
                          model_init=model_init, compute_metrics=compute_metrics, optimizers=optimizers,
                          processing_class=tokenizer or processing_class or self.tokenizer_of(model),
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         prepare_process(self.args)
-        self.tokenizer = self.processing_class
-        if self.tokenizer.pad_token is None:
-            self.tokenizer = self.processing_class = with_padding(copy.deepcopy(self.tokenizer))
+        self.tokenizer = self.processing_class = with_padding(self.processing_class)
         self.seq2seq = self.model.config.is_encoder_decoder
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._loss_shifts_labels = not self.seq2seq  # how Trainer counts them
@@ -516,16 +514,6 @@ class SFTTrainer(Trainer):
         if model is None or not model.config.name_or_path:
             raise InputError("the model doesn't say where its tokenizer is: pass tokenizer=")
         return load_tokenizer(model.config.name_or_path)
-
-    @staticmethod
-    def with_adapter(model, peft_config, args):
-        from peft import get_peft_model, prepare_model_for_kbit_training
-        if hasattr(model, "peft_config"):
-            raise InputError("the model has an adapter already, and peft_config asks for another: give one or the other")
-        if getattr(model, "is_quantized", False):
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer's switch does that
-        set_seed(args.seed)  # equal seeds draw equal adapters
-        return get_peft_model(model, peft_config)
 
     def longest_row(self, asked):
         """max_seq_length, or what tokenizer and model take, at most 1024. Raises InputError where the model takes less."""
@@ -691,8 +679,7 @@ def main(config: SFTConfig):
         show_samples(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        last = trainer.state.log_history[-2:][0]  # before train()'s own
-        metrics = last if "eval_loss" in last and not config.load_best_model_at_end else trainer.evaluate()
+        metrics = last_evaluation(trainer)
     show_samples(trainer, shown, "after training", out)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
