@@ -181,7 +181,7 @@ class DDPOConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     train_times_per_pass: Optional[int] = None
-    """Times of each sample that go through the UNet at once: the same gradient, faster, more memory. None: 1; for a toy 16."""
+    """Times of each sample that go through the UNet at once: the same gradient, faster, more memory. None: 2; for a toy 16."""
     num_samples: int = 48
     """Pictures drawn before and after, with the same seed and prompts. 0: none."""
 
@@ -547,7 +547,7 @@ class DDPOTrainer:
                              "sample_num_batches_per_epoch, or turn on per_prompt_stat_tracking")
         frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
         for part in (sd_pipeline.vae, sd_pipeline.text_encoder, sd_pipeline.unet):
-            part.to(device)
+            part.to(device, memory_format=torch.channels_last)  # the order that convolutions are fastest in
             for p in part.parameters():
                 p.data = p.data.to(frozen if sd_pipeline.use_lora and not p.requires_grad else torch.float32)
         if config.gradient_checkpointing:
@@ -709,21 +709,24 @@ class DDPOTrainer:
         over all ranks."""
         config = self.config
         trained = int(times.shape[1] * config.train_timestep_fraction)
-        passes = [(mb.repeat(len(t)), t.flatten())                      # a minibatch's samples, each at a few of its times
+        passes = [(mb, t)                                     # samples [n], and a few of the times of each [k, n]
                   for mb, mb_times in zip(rows.split(config.train_batch_size), times.split(config.train_batch_size))
-                  for t in mb_times[:, :trained].T.split(config.train_times_per_pass or 1)]
+                  for t in mb_times[:, :trained].T.split(config.train_times_per_pass or 2)]
         means = torch.zeros(3, device=advantages.device)
         for i, (mb, t) in enumerate(passes):
-            embeds = data["prompt_embeds"][mb]
+            embeds = [data["prompt_embeds"][mb]]
             if self.guidance_scale > 1:
-                embeds = torch.cat([data["negative_prompt_embeds"][mb], embeds])
-            share = len(t) / (len(rows) * trained)
+                embeds = [data["negative_prompt_embeds"][mb], *embeds]
             # ranks exchange gradients once, in the last backward pass
             with nullcontext() if i + 1 == len(passes) else self.accelerator.no_sync(self.unet):
-                loss, approx_kl, clipfrac = self.calculate_loss(
-                    *(data[name][mb, t] for name in ("latents", "timesteps", "next_latents", "log_probs")), advantages[mb], embeds)
-                self.accelerator.backward(loss * share)
-            means += torch.stack([loss.detach(), approx_kl, clipfrac]) * share
+                outputs = self._predict(data["latents"][mb, t].flatten(0, 1), data["timesteps"][mb, t].flatten(),
+                                        torch.cat([e.repeat(len(t), 1, 1) for e in embeds]))
+                parts = [torch.stack(self.calculate_loss(
+                    *(data[name][mb, at] for name in ("latents", "timesteps", "next_latents", "log_probs")), advantages[mb],
+                    torch.cat(embeds), output)) for at, output in zip(t, outputs.view(*t.shape, *outputs.shape[1:]))]
+                share = sum(parts) * len(mb) / (len(rows) * trained)
+                self.accelerator.backward(share[0])
+            means += share.detach()                                                       # loss, approx_kl, clipfrac
         if not torch.isfinite(means[0]):
             raise FloatingPointError(f"the loss is {means[0].item()} in epoch {self.epoch}: training stops, nothing was stepped; "
                                      "go on from the last checkpoint with a smaller learning rate")
@@ -733,14 +736,19 @@ class DDPOTrainer:
         means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
         return dict(zip(("loss", "approx_kl", "clipfrac"), means.tolist()))
 
-    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds):
+    def _predict(self, latents, timesteps, embeds):
+        with self.accelerator.autocast():
+            return self.sd_pipeline.predict(self.unet, latents, timesteps, embeds, self.guidance_scale)
+
+    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds, output=None):
         """-> loss, approximate KL from the policy that sampled, share of samples where the clip binds (scalars).
 
         latents, next_latents [B, C, h, w]; timesteps, log_probs (when sampled), advantages [B]; embeds [2B, L, D], the negative
-        prompts' first, or [B, L, D] without guidance. The scheduler's timesteps must be set, as sampling leaves them."""
+        prompts' first, or [B, L, D] without guidance; output [B, C, h, w]: what the UNet says of it, where it was asked already.
+        The scheduler's timesteps must be set, as sampling leaves them."""
         config = self.config
-        with self.accelerator.autocast():
-            output = self.sd_pipeline.predict(self.unet, latents, timesteps, embeds, self.guidance_scale)
+        if output is None:
+            output = self._predict(latents, timesteps, embeds)
         mean, std = self.sd_pipeline.step_distribution(output, timesteps, latents, config.sample_eta)
         logratios = log_prob(next_latents, mean, std) - log_probs
         ratio = torch.exp(logratios)                                                                  # rho_t

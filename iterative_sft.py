@@ -449,11 +449,13 @@ class IterativeSFTTrainer(Trainer):
         logits = outputs.logits[learnt] if return_outputs else outputs.logits           # [N, V]
         nll = cross_entropy(logits, targets[learnt], self.args.label_smoothing_factor)  # -log pi(y_t), [N]
         if not model.training:
-            self.seen = self.seen.to(nll.device) + torch.stack([nll.sum(), learnt.sum()]).detach()
+            rows = nll.new_zeros(len(learnt)).index_add(0, learnt.nonzero()[:, 0], nll.detach())
+            both = torch.stack([rows, learnt.sum(1).to(rows)], 1)
+            self.seen = self.seen.to(nll.device) + self.accelerator.gather_for_metrics(both).sum(0)  # no row twice
         # DDP takes the mean of the ranks' gradients, hence the share of one rank
         items = max(len(nll), 1) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         loss = nll.sum() / items
-        if outputs.get("aux_loss") is not None:  # of a mixture of experts: keeps their loads even
+        if model.training and outputs.get("aux_loss") is not None:  # of a mixture of experts: keeps their loads even
             loss = loss + plain.config.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
         if model.training:
             check_finite(loss, self.state.global_step)
@@ -485,7 +487,7 @@ class IterativeSFTTrainer(Trainer):
         """Trainer's; its loss is the mean over all tokens of all ranks, not over batches."""
         self.seen = torch.zeros(2)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.accelerator.reduce(self.seen.to(self.accelerator.device)).tolist()
+        total, tokens = self.seen.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 

@@ -2,6 +2,7 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -335,12 +336,24 @@ def test_a_gradient_does_not_depend_on_how_it_is_cut_into_passes(fields, make_tr
     weights = []
     for more in ({}, fields):
         trainer = make_trainer(**{"sample_batch_size": 4, "sample_num_batches_per_epoch": 1, "train_batch_size": 4,
-                                  "train_adam_epsilon": 1e-3, **more})
+                                  "train_adam_epsilon": 1e-3, "train_times_per_pass": 1, **more})
         torch.manual_seed(0)
         trainer.step(0, 0)
         weights.append(trained_part(trainer))
     for name, want in weights[0].items():
         torch.testing.assert_close(weights[1][name], want, atol=1e-6, rtol=1e-5)
+
+
+def test_times_of_a_pass_share_the_unet_and_each_has_its_own_loss(make_trainer):
+    """Whoever overrides calculate_loss, as 0.7.10's users do, sees one time of a minibatch a call."""
+    trainer = make_trainer(sample_num_batches_per_epoch=1, train_learning_rate=0.0)
+    trainer.sd_pipeline.predict, inner = Mock(side_effect=trainer.sd_pipeline.predict), trainer.calculate_loss
+    trainer.calculate_loss = Mock(side_effect=inner)
+    trainer.step(0, 0)
+    assert [len(call.args[1]) for call in trainer.sd_pipeline.predict.call_args_list[3:]] == [4, 2]    # 2 samples, 2 + 1 times
+    assert [call.args[0].shape[0] for call in trainer.calculate_loss.call_args_list] == [2, 2, 2]
+    for call in trainer.calculate_loss.call_args_list:                    # the UNet says the same where it is asked anew
+        torch.testing.assert_close(inner(*call.args)[0], inner(*call.args[:6])[0], atol=1e-6, rtol=1e-5)
 
 
 def test_a_share_of_the_times_is_trained_on(make_trainer):
