@@ -217,7 +217,7 @@ def _classifier(name, label, device):
     with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's folder or hub name"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
-    names = {str(name): i for i, name in model.config.id2label.items()}
+    names = {str(label_name): i for i, label_name in model.config.id2label.items()}
     labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
     if model.config.num_labels > 1 and label is None:
         raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the one whose logit is the score "
@@ -225,7 +225,7 @@ def _classifier(name, label, device):
     if label is not None and label not in labels:
         raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
     column = 0 if label is None else labels[label]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token, tokenizer.truncation_side = tokenizer.pad_token or tokenizer.eos_token, "left"  # the answer is at the end
     model.config.pad_token_id = tokenizer.pad_token_id
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
 
@@ -243,11 +243,18 @@ def _classifier(name, label, device):
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves behind
-def writable_folder(path):
-    """Makes the folder and writes to it, to learn at once whether a week's work could be kept. Raises InputError."""
+def writable_folder(path, fresh):
+    """Makes the folder and writes to it, to learn at once whether a week's work could be kept. Raises InputError, also where a
+    fresh run would overwrite the checkpoints of another."""
     with explain(f"output_dir {path} can't be written"):
         Path(path).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+    left = sorted(folder.name for folder in Path(path).glob("checkpoint-*"))
+    if fresh and left:
+        raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, or choose another --output-dir, or "
+                         "remove it")
+    if fresh and os.environ.get("RANK", "0") == "0":
+        Path(path, "samples.jsonl").unlink(missing_ok=True)  # runs append to it
 
 
 def newest_checkpoint(path, last_file=""):
@@ -296,7 +303,7 @@ class Journal(TrainerCallback):
     progress bar, and a line for each evaluation. Trainer's own bar goes: `trainer.remove_callback(ProgressCallback)`."""
 
     def __init__(self, folder):
-        self.path = Path(folder) / "metrics.jsonl"
+        self.path, self.file = Path(folder) / "metrics.jsonl", None
 
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
@@ -347,11 +354,11 @@ library_name: transformers
 """)
 
 
-def check_finite(loss, step):
+def check_finite(loss, done, of="optimizer steps"):
     """Raises InputError before a loss that is not a number reaches a weight: the last checkpoint stays as good as it was."""
     if not torch.isfinite(loss):
-        raise InputError(f"the loss is {loss.item()} after {step} optimizer steps; the weights before them are in the last "
-                         "checkpoint: resume from it with a lower learning rate, or look at the data")
+        raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or train from the last checkpoint or "
+                         "anew with a lower learning rate")
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -419,7 +426,7 @@ def disable_dropout(model):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):  # dropout, layerdrop, drop_prob
                 setattr(module, name, 0.0)
 
 
@@ -660,13 +667,13 @@ def read_value_head(name):
     """The weights {"summary.weight", "summary.bias"} of a value head saved in a folder or hub repository, else None.
 
     Any file of the folder may hold them, under names that begin with `v_head.`: a file of its own (ours), the model's
-    file or one of its shards (TRL 0.7). Only the files' headers are read to find out."""
-    for kind in ("*.safetensors", "pytorch_model*.bin"):
+    file or one of its shards (TRL 0.7). Of safetensors only the headers are read to find out."""
+    for kind in (["model*.safetensors", "adapter*.safetensors", VALUE_HEAD_FILE], ["pytorch_model*.bin"]):
         folder = name
         if not os.path.isdir(name):
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(name, allow_patterns=[kind])  # in the cache already: the model was loaded from it
-        files = sorted(Path(folder).glob(kind))
+            folder = snapshot_download(name, allow_patterns=kind)  # in the cache already: the model was loaded from it
+        files = sorted(file for pattern in kind for file in Path(folder).glob(pattern))
         for file in files:
             head = _head_of(file)
             if head:

@@ -64,7 +64,7 @@ from diffusers.utils.logging import disable_progress_bar
 from diffusers.utils.torch_utils import randn_tensor
 logging.set_verbosity(verbosity)
 
-from common import (TOY, InputError, MetricsFile, disable_dropout, explain, load_rows, newest_checkpoint, run, set_seed,
+from common import (TOY, InputError, MetricsFile, check_finite, disable_dropout, explain, load_rows, newest_checkpoint, run, set_seed,
                     setup_ranks, writable_folder)
 
 MIN_STD = 0.01  # of a denoising step: a hundredth of what latents spread, which no eye sees; 0 would make log p infinite
@@ -117,7 +117,7 @@ class DDPOConfig:
     sample_num_batches_per_epoch: int = 2
     """Batches that are drawn in an epoch."""
     train_batch_size: int = 1
-    """Samples of one forward and backward pass, each at one of its times."""
+    """Samples of one forward and backward pass, each at train_times_per_pass of its times."""
     train_use_8bit_adam: bool = False
     """AdamW with 8-bit states, of the package bitsandbytes (GPU): less memory."""
     train_learning_rate: float = 3e-4
@@ -173,9 +173,9 @@ class DDPOConfig:
     use_lora: bool = True
     """Train a LoRA adapter on the UNet's attention. False: train the whole UNet."""
     lora_r: int = 4
-    """Rank of the adapter."""
+    """Rank of a fresh adapter."""
     lora_alpha: int = 16
-    """LoRA's scale is lora_alpha / lora_r. 0.7.10's is 1: right for long runs, and next to nothing in short ones."""
+    """A fresh LoRA's scale is lora_alpha / lora_r. 0.7.10's is 1: right for long runs, and next to nothing in short ones."""
     lora_weights: Optional[str] = None
     """LoRA weights to go on from: a folder or hub name that load_lora_weights takes. None: a fresh adapter."""
     gradient_checkpointing: bool = False
@@ -195,6 +195,9 @@ class DDPOConfig:
         if not 0 < self.sample_eta <= 1:
             raise InputError(f"sample_eta={self.sample_eta}: give a number above 0 and up to 1; without noise a step has no "
                              "probability to learn from")
+        if self.per_prompt_stat_tracking and self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
+            raise InputError(f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} rewards of a prompt are never "
+                             f"remembered: per_prompt_stat_tracking_buffer_size is {self.per_prompt_stat_tracking_buffer_size}")
         if not 1 <= self.sample_num_steps * self.train_timestep_fraction <= self.sample_num_steps:
             raise InputError(f"train_timestep_fraction={self.train_timestep_fraction}: of {self.sample_num_steps} steps give a share "
                              "of at least one and at most all")
@@ -329,6 +332,14 @@ def normalise(rewards):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
 
 
+def numbers(rewards):
+    """A list, array or tensor of numbers, on whatever device -> a list of floats; None for anything else."""
+    try:
+        return [float(reward) for reward in rewards]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 class PerPromptStatTracker:
     """Advantages by what each prompt has earned lately (Black et al. 2023, section 4.3)."""
 
@@ -385,6 +396,9 @@ class DDPOStableDiffusionPipeline:
             part.requires_grad_(False)
         disable_dropout(self.unet)
         if not use_lora:
+            if getattr(self.unet, "peft_config", None):  # a LoRA that it has loaded goes into the UNet's weights
+                sd_pipeline.fuse_lora()
+                sd_pipeline.unload_lora_weights()
             self.unet.requires_grad_(True)
             return
         if not getattr(self.unet, "peft_config", None):
@@ -601,7 +615,7 @@ class DDPOTrainer:
                     weight_decay=config.train_adam_weight_decay, **kwargs)
 
     def train(self, epochs=None):
-        """Trains for `epochs` epochs (None: config.num_epochs in all), on from a checkpoint where one was loaded. Writes
+        """Trains until `epochs` epochs (None: config.num_epochs) are done in all, those before a checkpoint included. Writes
         metrics.jsonl, a line an epoch, and every save_freq epochs a checkpoint into the output folder."""
         last = self.config.num_epochs if epochs is None else epochs
         log = None
@@ -623,7 +637,7 @@ class DDPOTrainer:
         """Draws an epoch's pictures, scores them and learns from them -> the global step (optimizer steps so far).
 
         Logs to the tracker and calls the hook; `stats` then has the epoch's means.
-        Raises InputError for rewards that are no B finite numbers, FloatingPointError for a loss that is not finite."""
+        Raises InputError for rewards that are no B finite numbers, and for a loss that is not finite."""
         config = self.config
         samples, pairs = self._generate_samples(config.sample_num_batches_per_epoch, config.sample_batch_size)
         rewards = self.compute_rewards(pairs)
@@ -681,12 +695,13 @@ class DDPOTrainer:
         came with them are appended to it. Raises InputError."""
         call = lambda pair: self.reward_function(*pair[:3])
         for pair, result in zip(pairs, self.executor.map(call, pairs) if self.executor else map(call, pairs)):
-            many = isinstance(result, tuple) and len(result) == 2 and np.ndim(result[0]) == 1
+            many = isinstance(result, tuple) and len(result) == 2 and numbers(result[0]) is not None
             rewards, extra = result if many else (result, {})
-            if np.ndim(rewards) == 0 or len(rewards) != len(pair[1]):
-                given = "a single number" if np.ndim(rewards) == 0 else f"{len(rewards)} rewards"
+            rewards = numbers(rewards)
+            if rewards is None or len(rewards) != len(pair[1]):
+                given = "no list of numbers" if rewards is None else f"{len(rewards)} rewards"
                 raise InputError(f"the reward function returned {given} for {len(pair[1])} pictures: return one for each")
-            rewards = torch.tensor([float(reward) for reward in rewards])
+            rewards = torch.tensor(rewards)
             if not torch.isfinite(rewards).all():
                 worst = int((~torch.isfinite(rewards)).nonzero()[0])
                 raise InputError(f"the reward of the picture for {pair[1][worst]!r} is {rewards[worst].item()}: rewards must be "
@@ -727,9 +742,7 @@ class DDPOTrainer:
                 share = sum(parts) * len(mb) / (len(rows) * trained)
                 self.accelerator.backward(share[0])
             means += share.detach()                                                       # loss, approx_kl, clipfrac
-        if not torch.isfinite(means[0]):
-            raise FloatingPointError(f"the loss is {means[0].item()} in epoch {self.epoch}: training stops, nothing was stepped; "
-                                     "go on from the last checkpoint with a smaller learning rate")
+        check_finite(means[0], self.epoch, "epochs")
         self.accelerator.clip_grad_norm_(self.unet.parameters(), config.train_max_grad_norm)
         self._stepper.step()
         self._stepper.zero_grad()
@@ -792,7 +805,8 @@ A diffusion model fine-tuned with denoising diffusion policy optimisation: {self
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 pipeline = {load}
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-pipeline("a prompt", num_inference_steps={c.sample_num_steps}, eta={c.sample_eta}, guidance_scale={self.guidance_scale})
+pipeline("a prompt", negative_prompt={c.negative_prompts or ""!r}, num_inference_steps={c.sample_num_steps}, eta={c.sample_eta},
+         guidance_scale={self.guidance_scale})
 ```
 """)
 
@@ -840,8 +854,11 @@ pipeline("a prompt", num_inference_steps={c.sample_num_steps}, eta={c.sample_eta
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, path):
-        """Goes on where a checkpoint was written: weights, optimizer, random numbers, epoch, rewards of the prompts."""
+        """Goes on where a checkpoint was written: weights, optimizer, random numbers, epoch, rewards of the prompts. The learning
+        rate is config's."""
         self.accelerator.load_state(str(path))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.train_learning_rate
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -892,13 +909,13 @@ def log_images(pairs, global_step, tracker):
         tracker.log_images({"samples": images.numpy() if tracker.name == "tensorboard" else to_pil(images)}, step=global_step)
 
 
-def main(config: DDPOConfig):
+def main(config: ScriptConfig):
     """Train a text-to-image model with DDPO against a reward of its pictures. Returns the last epoch's statistics."""
     out = Path(config.output_dir or Path("runs") / (config.run_name or config.exp_name))
     config.output_dir = str(out)
     if config.resume_from:
         config.resume_from = str(newest_checkpoint(config.resume_from))
-    writable_folder(out)
+    writable_folder(out, fresh=not config.resume_from)
     disable_progress_bar()
     set_seed(config.seed)  # a fresh adapter is drawn alike on all ranks
     pipeline = DefaultDDPOStableDiffusionPipeline(config.model_name or TOY / "pipeline", use_lora=config.use_lora,

@@ -50,7 +50,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import common
 from common import (TOY, InputError, Journal, base_of, check_finite, create_reference_model, explain, last_evaluation,
                     load_language_model, load_pretrained, load_rows, logprobs_from_logits, lora_config, only_logits_of,
-                    prepare_process, run, set_seed, trainer_checkpoint, writable_folder, write_model_card)
+                    prepare_process, run, set_seed, trainer_checkpoint, with_adapter, writable_folder, write_model_card)
 
 LOSSES = ("sigmoid", "hinge", "ipo", "kto", "kto_pair")
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")  # columns, where the reference was run beforehand
@@ -234,7 +234,7 @@ class DPODataCollatorWithPadding:
             if key.endswith(("_input_ids", "_attention_mask", "_labels")):
                 fill = {"ids": self.pad_token_id, "mask": 0, "labels": self.label_pad_token_id}[key.split("_")[-1]]
                 side = "left" if key.startswith("prompt") and not self.is_encoder_decoder else "right"
-                batch[key] = pad_sequence([torch.tensor(ids) for ids in column], True, fill, padding_side=side)
+                batch[key] = pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in column], True, fill, padding_side=side)
             else:
                 batch[key] = torch.tensor(column) if key.endswith("_logps") else column
         return batch
@@ -359,7 +359,7 @@ class DPOTrainer(Trainer):
         prepare_process(args)
         tokenizer = tokenizer if tokenizer is not None else processing_class
         check_arguments(model, ref_model, beta, label_smoothing, loss_type, truncation_mode, tokenizer, model_init, peft_config,
-                        model_init_kwargs, ref_model_init_kwargs, generate_during_eval and not args.report_to)
+                        model_init_kwargs, ref_model_init_kwargs, args.label_smoothing_factor)
         if data_collator is None and tokenizer.pad_token_id is None:
             raise InputError("rows are padded and the tokenizer has no padding token: set tokenizer.pad_token, for instance "
                              "tokenizer.pad_token = tokenizer.eos_token")
@@ -370,11 +370,11 @@ class DPOTrainer(Trainer):
         self.precompute_ref_log_probs = precompute_ref_log_probs and not reference_free
         self.generate_during_eval, self.dataset_num_proc = generate_during_eval, dataset_num_proc
         self.share_prompts, self._sharing_is_exact = share_prompts, None  # None: not tried yet
-        self._sums, self._eval_rows, self._start = None, [], []
+        self._sums, self._eval_rows, self._start = None, [], {}
         self._keep_columns, args.remove_unused_columns = not args.remove_unused_columns, False  # Trainer would drop the tokens
-        set_seed(args.seed)  # before an adapter is drawn
+        set_seed(args.seed)  # before weights are drawn that a loaded model lacks
         if model is not None:
-            model = self._make_ready(load_model(model, is_encoder_decoder, model_init_kwargs))
+            model = self._make_ready(load_model(model, is_encoder_decoder, model_init_kwargs), args.seed)
         super().__init__(model=model, args=args, data_collator=data_collator, processing_class=tokenizer, model_init=model_init,
                          callbacks=callbacks, compute_metrics=compute_metrics, optimizers=optimizers,
                          preprocess_logits_for_metrics=preprocess_logits_for_metrics, train_dataset=train_dataset,
@@ -397,18 +397,12 @@ class DPOTrainer(Trainer):
     # ------------------------------------------------------------------ 1. models and rows are made ready
     def call_model_init(self, trial=None):
         """Trainer's, which makes the model anew for each run: each is made ready alike."""
-        return self._make_ready(super().call_model_init(trial))
+        return self._make_ready(super().call_model_init(trial), self.args.seed)
 
-    def _make_ready(self, model):
+    def _make_ready(self, model, seed):
         """The adapter is put on (or chosen), dropout goes."""
         if self.peft_config is not None:
-            from peft import get_peft_model, prepare_model_for_kbit_training
-            if hasattr(model, "peft_config"):
-                raise InputError("peft_config is given and the model has an adapter already: merge it (merge_and_unload), or leave "
-                                 "peft_config away to go on with that adapter")
-            if getattr(model, "is_quantized", False):
-                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer's switch does that
-            model = get_peft_model(model, copy.deepcopy(self.peft_config))
+            model = with_adapter(model, copy.deepcopy(self.peft_config), seed)
         adapters = getattr(model, "peft_config", {})
         for name in {self.model_adapter_name, self.ref_adapter_name} - {None}:
             if name not in adapters:
@@ -425,7 +419,7 @@ class DPOTrainer(Trainer):
     def _make_reference(self, ref_model):
         """ref_model: the reference as a model of its own, or None where the policy stands in for it (PEFT), where its
         log-probabilities are taken before training and kept, or where there is none. _start: an adapter that was trained before,
-        [(parameter, its value now)]; empty for a fresh LoRA, which adds nothing yet."""
+        {name: value now}; empty for a fresh LoRA, which adds nothing yet."""
         if ref_model is None and not (self.is_peft_model or self.precompute_ref_log_probs or self.reference_free):
             ref_model = create_reference_model(self.model)
         self.ref_model = ref_model
@@ -445,7 +439,7 @@ class DPOTrainer(Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError("under FSDP and DeepSpeed an adapter that was trained before needs a reference of its own: load it a "
                                  "second time, model.load_adapter(folder, adapter_name='reference'), and set ref_adapter_name")
-            self._start = [(p, p.detach().clone()) for p in trained.values()]
+            self._start = {name: p.detach().clone() for name, p in trained.items()}
 
     def _limits(self, max_length, max_prompt_length, max_target_length, positions):
         """The three limits with their defaults. positions: the longest sequence that the model takes, if it has one."""
@@ -455,8 +449,9 @@ class DPOTrainer(Trainer):
         limit = min(max_length or 512, positions or 10**9)
         for name, value in (("max_length", max_length), ("max_prompt_length", max_prompt_length),
                             ("max_target_length", max_target_length)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: give a number above 0")
+            least = 2 if name == "max_length" else 1
+            if value is not None and value < least:
+                raise InputError(f"{name}={value}: give {least} or more")
         if not self.is_encoder_decoder and max_prompt_length is not None and max_prompt_length >= limit:
             raise InputError(f"max_prompt_length={max_prompt_length} leaves no token for an answer within max_length={limit}: "
                              "make it smaller")
@@ -524,6 +519,10 @@ class DPOTrainer(Trainer):
             eval_dataset = self._with_reference(self._tokenized(eval_dataset, "eval_dataset"))
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset):
+        """As get_eval_dataloader: the rows that `predict` is to judge."""
+        return super().get_test_dataloader(self._with_reference(self._tokenized(test_dataset, "test_dataset")))
+
     # ------------------------------------------------------------------ 2. the reference
     def _with_reference(self, dataset):
         """The rows with the columns reference_chosen_logps and reference_rejected_logps, if they are to have them."""
@@ -532,8 +531,11 @@ class DPOTrainer(Trainer):
         if self.ref_model is None and not self.is_peft_model and self.state.global_step:
             raise InputError("these rows came after training began, and the reference was let go: name them in the constructor's "
                              "eval_dataset (several in a dict), or give a ref_model")
-        if self.ref_model is not None and not self.is_fsdp_enabled:
-            self.ref_model.to(self.args.device)
+        waiting = self.ref_model if self.ref_model is not None and not self.is_fsdp_enabled else None
+        if self.ref_model is None and self.model.device.type != self.args.device.type:
+            waiting = self.model  # one to be sharded, which Trainer puts on the device later
+        if waiting is not None:
+            waiting.to(self.args.device)
         key = "prompt_input_ids" if self.is_encoder_decoder else "chosen_input_ids"
         lengths = [len(ids) for ids in dataset[key]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)  # little padding, and the same on every rank
@@ -544,8 +546,8 @@ class DPOTrainer(Trainer):
         loader = DataLoader(dataset, batch_sampler=mine, collate_fn=self.data_collator)
         for batch in tqdm(loader, desc="reference", disable=self.args.disable_tqdm or not self.is_world_process_zero()):
             logps.append(torch.stack(self.compute_reference_log_probs(self._prepare_inputs(batch)), dim=1).cpu())
-        if self.ref_model is not None and not self.is_fsdp_enabled:
-            self.ref_model.to("cpu")
+        if waiting is not None:
+            waiting.to("cpu")
         gathered = [(mine, logps)]
         if ranks > 1:
             gathered = [None] * ranks
@@ -564,14 +566,18 @@ class DPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.ref_adapter_name:
             model.set_adapter(self.ref_adapter_name, inference_mode=True)
-        for parameter, start in self._start:
-            parameter.data, start.data = start.data, parameter.data
+        parameters = dict(model.named_parameters()) if self._start else {}
+
+        def swap():
+            for name, start in self._start.items():
+                parameters[name].data, start.data = start.data, parameters[name].data
+
+        swap()
         try:
             with model.disable_adapter() if self.is_peft_model and not (self.ref_adapter_name or self._start) else nullcontext():
                 yield
         finally:
-            for parameter, start in self._start:
-                parameter.data, start.data = start.data, parameter.data
+            swap()
             if self.ref_adapter_name:
                 model.set_adapter(self.model_adapter_name)
 
@@ -836,7 +842,7 @@ class DPOTrainer(Trainer):
         told, width = [], batch["prompt_input_ids"].shape[1]
         length = {"max_new_tokens": self.max_target_length if self.is_encoder_decoder else max(self.max_length - width, 1)}
         there = self.is_peft_model or self.ref_model is not None and not self.precompute_ref_log_probs
-        for context in (nullcontext(model), self._reference(model))[:1 + (with_reference and there)]:
+        for context in [nullcontext(model)] + [self._reference(model)] * (with_reference and there):
             with context as policy, self.accelerator.autocast():
                 policy = self.accelerator.unwrap_model(policy)
                 ids = policy.generate(input_ids=batch["prompt_input_ids"], attention_mask=batch["prompt_attention_mask"],
@@ -866,7 +872,7 @@ class DPOTrainer(Trainer):
 
 
 def check_arguments(model, ref_model, beta, label_smoothing, loss_type, truncation_mode, tokenizer, model_init, peft_config,
-                    model_init_kwargs, ref_model_init_kwargs, nowhere_to_write):
+                    model_init_kwargs, ref_model_init_kwargs, label_smoothing_factor):
     """Raises InputError for arguments that are wrong by themselves or beside each other."""
     def refuse(condition, message):
         if condition:
@@ -888,7 +894,7 @@ def check_arguments(model, ref_model, beta, label_smoothing, loss_type, truncati
            "model_init_kwargs are for a model given by name; this one is made already")
     refuse(ref_model_init_kwargs is not None and not isinstance(ref_model, str),
            "ref_model_init_kwargs are for a ref_model given by name; this one is made already")
-    refuse(nowhere_to_write, "generate_during_eval has nowhere to write: name a tracker in report_to, such as tensorboard")
+    refuse(label_smoothing_factor, "label_smoothing_factor belongs to Trainer's own loss: DPO's is label_smoothing")
     if label_smoothing and loss_type != "sigmoid":
         warnings.warn(f"label_smoothing has no part in the loss {loss_type}")
 
@@ -909,7 +915,7 @@ def main(config: DPOConfig):
     """Train a language model on pairs of answers with DPO. Returns the last evaluation's metrics (or the last step's)."""
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
-    writable_folder(out)
+    writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "model"), config.torch_dtype)
     weights = sum(p.numel() for p in model.parameters())
@@ -947,7 +953,7 @@ def main(config: DPOConfig):
                     tqdm.write(f"  {prompt} |{answer}")
                     file.write(json.dumps({"update": trainer.state.global_step, "prompt": prompt, "policy": answer}) + "\n")
 
-    if not checkpoint:
+    if not checkpoint and model.device.type == config.device.type:  # a model to be sharded waits on the CPU
         show_samples("before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if test is not None:

@@ -31,7 +31,6 @@ Departures from TRL 0.7.10, whose names, arguments and numbers these are:
 With nothing but the first command a toy model learns to write kinder film reviews: see docs/iterative_sft.md.
 """
 import copy
-import gc
 import json
 import math
 import sys
@@ -44,6 +43,7 @@ from typing import Literal, Optional
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DataCollatorForLanguageModeling, GenerationConfig, ProgressCallback, Trainer, TrainingArguments
@@ -52,7 +52,7 @@ from transformers.trainer_callback import ExportableState
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
                     load_rows, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
-                    trainer_checkpoint, whole_weights, writable_folder, write_model_card)
+                    trainer_checkpoint, whole_weights, with_adapter, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 
@@ -428,8 +428,7 @@ class IterativeSFTTrainer(Trainer):
         self.state.global_step += 1
         self._tr_loss += loss
         if self.optimize_device_cache:
-            gc.collect()
-            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+            clear_device_cache(garbage_collection=True)
         return loss, tokens, grad_norm, learning_rate
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -440,7 +439,7 @@ class IterativeSFTTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         if self.seq2seq:
             inputs["decoder_input_ids"] = plain.prepare_decoder_input_ids_from_labels(labels)  # shifted right
-        else:  # a causal model never looks right: with the padding there nothing has to be masked
+        elif not getattr(plain.config, "output_router_logits", False):  # a causal model never looks right: nothing to mask
             inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
         targets = labels if self.seq2seq else next_tokens(labels)                       # [B, T]
         learnt = targets != IGNORE
@@ -599,13 +598,12 @@ def main(config: IterativeSFTConfig):
     round's statistics."""
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
-    writable_folder(out)
+    writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "model"), config.torch_dtype)
     seq2seq = model.config.is_encoder_decoder
     if config.lora_r:
-        from peft import get_peft_model
-        model = get_peft_model(model, lora_config(config, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"))
+        model = with_adapter(model, lora_config(config, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"), config.seed)
     if sum(p.numel() for p in model.parameters()) < 10**6:
         torch.set_num_threads(1)  # handing out such small products to threads takes longer than they do
     positions = None if seq2seq else getattr(model.config, "max_position_embeddings", None)
@@ -614,6 +612,8 @@ def main(config: IterativeSFTConfig):
     held_out = config.eval_dataset and load_rows(config.eval_dataset)
     config.max_steps, config.save_steps = in_whole_rounds(config)
     trainer = IterativeSFTTrainer(model, config, tokenizer, eval_dataset=held_out)
+    for row in held_out or []:
+        trainer.evaluation_batch([row])  # a bad row is told now, not after the training
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     trainer.add_callback(Journal(out))
     reward = load_reward(config.reward_model or TOY / "reward", config.reward_label, config.device)
@@ -621,6 +621,8 @@ def main(config: IterativeSFTConfig):
         trainer.load_checkpoint(checkpoint)
         if trainer.state.epoch % 1:
             raise InputError(f"checkpoint {checkpoint} was written within a round, whose answers are gone: give another one")
+        if trainer.state.global_step >= config.max_steps:
+            raise InputError(f"checkpoint {checkpoint} is the end of its run: raise --num-train-epochs or --max-steps to go on")
     else:
         show_samples(trainer, reward, prompts[:8], "before training", out)
     stats = {}

@@ -29,7 +29,6 @@ Departures from TRL 0.7.10, whose names, arguments and numbers these are:
 
 With nothing but the first command a toy model learns to write kinder film reviews: see docs/ppo.md.
 """
-import gc
 import json
 import math
 import os
@@ -49,6 +48,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
@@ -57,7 +57,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from common import (SLICE, TOY, AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError,
-                    MetricsFile, base_of, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
+                    MetricsFile, base_of, check_finite, create_reference_model, disable_dropout, explain, load_prompts, load_reward,
                     logprobs_from_logits, lora_config, newest_checkpoint, run, set_seed, setup_ranks, whole_weights,
                     writable_folder)
 
@@ -104,14 +104,14 @@ class PPOConfig:
     """Adam's learning rate."""
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient to `target`; else it stays at `init_kl_coef`."""
-    init_kl_coef: Optional[float] = 0.2
+    init_kl_coef: float = 0.2
     """First KL coefficient, beta."""
     kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
     """Per token: 'kl' log pi - log pi_ref; 'abs' its absolute value; 'mse' half its square; 'full' the exact KL divergence
     over the vocabulary."""
-    target: Optional[float] = 6
+    target: float = 6
     """KL per response (nats) that the adaptive controller steers to."""
-    horizon: Optional[float] = 10000
+    horizon: float = 10000
     """Samples (global) over which the adaptive controller corrects."""
     gamma: float = 1
     """Discount for advantages."""
@@ -156,7 +156,7 @@ class PPOConfig:
     score_clip: Optional[float] = None
     """Clip scores to -score_clip .. score_clip."""
     whiten_rewards: bool = False
-    """Divide the token rewards by their standard deviation before advantages are computed."""
+    """Scale the token rewards to a standard deviation of 1, about their mean, before advantages are computed."""
     is_encoder_decoder: Annotated[Optional[bool], tyro.conf.Suppress] = None
     """Known from the model at run time."""
     is_peft_model: Annotated[Optional[bool], tyro.conf.Suppress] = None
@@ -204,7 +204,7 @@ class PPOConfig:
             warnings.warn("optimize_cuda_cache is now called optimize_device_cache and has set it")
             self.optimize_device_cache = self.optimize_cuda_cache
         for name in ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "compare_steps",
-                     "save_freq", "max_new_tokens", "temperature", "generation_batch_size"):
+                     "save_freq", "max_new_tokens", "temperature", "generation_batch_size", "target", "horizon"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)}: give a number above 0")
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
@@ -390,7 +390,8 @@ class PPOTrainer:
     """PPO that one drives oneself: `generate` answers, any Python code gives scores, `step` learns from them.
 
         for batch in trainer.dataloader:
-            responses = trainer.generate(batch["input_ids"], return_prompt=False, max_new_tokens=24)
+            responses = trainer.generate(batch["input_ids"], return_prompt=False, do_sample=True, max_new_tokens=24)
+            scores = [torch.tensor(my_reward(tokenizer.decode(response))) for response in responses]
             stats = trainer.step(batch["input_ids"], responses, scores)
 
     Every method is called on every rank. Symbols in shapes: B rows, R the longest response, V the vocabulary."""
@@ -409,7 +410,7 @@ class PPOTrainer:
             raise ValueError(f"model must have a value head (AutoModelForCausalLMWithValueHead), not be {type(model).__name__}")
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer must be the model's tokenizer, not {type(tokenizer).__name__}")
-        if ref_model is not None and not isinstance(ref_model, torch.nn.Module):
+        if ref_model is not None and not hasattr(ref_model, "v_head"):
             raise ValueError(f"ref_model must be a model with a value head, not {type(ref_model).__name__}")
         setup_ranks()
         set_seed(config.seed)
@@ -494,7 +495,7 @@ class PPOTrainer:
         if len(dataset) < need:
             raise InputError(f"the data set has {len(dataset)} rows and one batch takes {need} (batch_size x ranks): "
                              "give more rows or a smaller batch_size")
-        sampler = EpochSampler(dataset, need // self.config.batch_size, self.accelerator.process_index, seed=self.config.seed,
+        sampler = EpochSampler(dataset, self.accelerator.num_processes, self.accelerator.process_index, seed=self.config.seed,
                                drop_last=True)
         # a generator of its own: the loader then draws nothing from the one that samples responses
         return DataLoader(dataset, self.config.batch_size, sampler=sampler, drop_last=True, generator=torch.Generator(),
@@ -512,10 +513,12 @@ class PPOTrainer:
         config.temperature, and top_k=0 and top_p=1 unless given. Raises ValueError."""
         if generation_kwargs.get("return_dict_in_generate"):
             raise ValueError("generate returns tokens alone; for scores call model.generate yourself")
+        if generation_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("generate gives one response for each query: for several, give the query several times")
         single = isinstance(query_tensor, torch.Tensor)
         queries = [query_tensor] if single else list(query_tensor)
         outputs = []
-        for model in (nullcontext(self.policy), self.reference())[:1 + generate_ref_response]:
+        for model in [nullcontext(self.policy)] + [self.reference()] * generate_ref_response:
             with whole_weights(self.policy), model as model:
                 outputs.append(self._generate(model, queries, length_sampler, batch_size, return_prompt, generation_kwargs))
         outputs = [rows[0][None] for rows in outputs] if single else outputs
@@ -525,12 +528,10 @@ class PPOTrainer:
         own, was_training, rows = model.generation_config, model.training, [None] * len(queries)
         kwargs, plain = self._sampling(own, kwargs)
         if plain:  # a model's settings for chats (beams, penalties, forced tokens) would make another policy of it
-            known = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+            known = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "max_new_tokens", "max_length")
             model.pretrained_model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in known})
-        as_set = lambda ids: set(ids if isinstance(ids, (list, tuple)) else [ids]) - {None}
-        given = as_set(kwargs.get("eos_token_id")) - {kwargs["pad_token_id"]}
-        ends = {self.tokenizer.eos_token_id} | (given if "eos_token_id" in kwargs else as_set(own.eos_token_id))
-        ends = torch.tensor(sorted(ends - {None}), device=self.accelerator.device)
+        ends = sorted(self.end_tokens(kwargs.get("eos_token_id", own.eos_token_id)))
+        ends = torch.tensor(ends, device=self.accelerator.device)
         model.eval()
         by_length = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding within a batch
         try:
@@ -546,17 +547,21 @@ class PPOTrainer:
                     output = model.generate(input_ids=ids.to(self.accelerator.device),
                                             attention_mask=mask.to(self.accelerator.device), **kwargs)
                 # what was given: the padded query, or the decoder's start token
-                given = 1 if self.config.is_encoder_decoder else ids.shape[1]
+                before = 1 if self.config.is_encoder_decoder else ids.shape[1]
                 for i, length, row in zip(picked, lengths.tolist(), output):
-                    answer = row[given:]
+                    answer = row[before:]
                     end = torch.isin(answer, ends).nonzero()
                     answer = answer[:end[0, 0] + 1] if len(end) else answer
                     kept = 1 if self.config.is_encoder_decoder else length if return_prompt else 0
-                    rows[i] = torch.cat([row[given - kept:given], answer])
+                    rows[i] = torch.cat([row[before - kept:before], answer])
         finally:
             model.train(was_training)
             model.pretrained_model.generation_config = own
         return rows
+
+    def end_tokens(self, ids):
+        """The tokens that end a response: the tokenizer's, and ids, one or a list (as a generation_config has them)."""
+        return {self.tokenizer.eos_token_id, *(ids if isinstance(ids, (list, tuple)) else [ids])} - {None}
 
     def _sampling(self, own, kwargs):
         """-> generation_kwargs made ready; is it plain sampling, through DrawToken? Anything that samples from another
@@ -572,12 +577,15 @@ class PPOTrainer:
         if not do_sample:
             return kwargs, False
         top_k, top_p = kwargs.pop("top_k", 0), kwargs.pop("top_p", 1.0)
-        if temperature != self.config.temperature or top_k or (top_p or 1.0) < 1.0:
-            warnings.warn(f"responses are sampled with temperature {temperature}, top_k {top_k}, top_p {top_p}, and scored with "
-                          f"temperature {self.config.temperature} alone: ratio and KL are those of another policy")
-            return {**kwargs, "temperature": temperature, "top_k": top_k, "top_p": top_p}, False
-        if kwargs.get("num_beams", 1) != 1 or kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError("a rollout is one sampled response for each query: no beams, no num_return_sequences")
+        reshaping = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+                     "bad_words_ids", "suppress_tokens", "min_new_tokens"} & kwargs.keys()
+        if temperature != self.config.temperature or top_k or (top_p or 1.0) < 1.0 or reshaping:
+            settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+            warnings.warn(f"responses are sampled with {settings | {name: kwargs[name] for name in sorted(reshaping)}} and scored "
+                          f"with temperature {self.config.temperature} alone: ratio and KL are those of another policy")
+            return {**kwargs, **settings}, False
+        if kwargs.get("num_beams", 1) != 1:
+            raise ValueError("a rollout is one sampled response for each query: no beams")
         draw = [TemperatureLogitsWarper(temperature)] * (temperature != 1.0) + [DrawToken()]
         kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), *draw])
         return {**kwargs, "do_sample": False}, True  # what is left for `generate` to do is greedy decoding
@@ -588,8 +596,8 @@ class PPOTrainer:
 
         queries, responses: lists of LongTensors [query_length], [response_length]; scores: list of scalar tensors;
         response_masks: list of tensors [response_length], 0 for tokens that the policy didn't write (a tool's output).
-        Every rank brings the same number of rows. Raises ValueError before any weight has moved, and FloatingPointError
-        for a loss that is not finite."""
+        Every rank brings the same number of rows. Raises ValueError before any weight has moved, and InputError for a loss that
+        is not finite."""
         config, clock = self.config, Stopwatch()
         queries, responses, scores, response_masks = self._step_safety_checker(
             len(queries), queries, responses, scores, response_masks)
@@ -627,8 +635,7 @@ class PPOTrainer:
         self.current_step += 1
         self._push_if_best(stats["objective/scores"].item())
         if config.optimize_device_cache:
-            gc.collect()
-            torch.accelerator.empty_cache() if torch.accelerator.is_available() else None
+            clear_device_cache(garbage_collection=True)
         return {**stats, **clock.times()}
 
     def _step_safety_checker(self, batch_size, queries, responses, scores, masks=None):
@@ -708,10 +715,11 @@ class PPOTrainer:
         """Where the response tokens are, worked out once for all passes over a batch.
 
         -> tokens, labels, select [B, T] (position t of a row, if selected, predicts the label that is its token t + 1),
-        masks [B, R], lengths (list of B), and the encoder's inputs, if there is one."""
+        masks [B, R], lengths (list of B), the encoder's inputs, if there is one, and its lengths (0 without)."""
         prefix = "decoder_" if self.config.is_encoder_decoder else ""
         tokens, attention = model_inputs[prefix + "input_ids"], model_inputs[prefix + "attention_mask"]
-        sizes = torch.tensor([[len(response) - len(prefix and "1")] for response in responses], device=tokens.device)
+        start = int(self.config.is_encoder_decoder)  # the decoder's start token is no answer
+        sizes = torch.tensor([[len(response) - start] for response in responses], device=tokens.device)
         column, end = torch.arange(tokens.shape[1], device=tokens.device), attention.sum(1, keepdim=True)
         to_the_front = lambda x, mask: x.gather(1, mask.argsort(dim=1, descending=True, stable=True))
         tokens = to_the_front(tokens, attention)
@@ -721,14 +729,17 @@ class PPOTrainer:
         for i, mask in enumerate(response_masks or []):
             masks[i, :sizes[i, 0]] *= mask[len(mask) - sizes[i, 0]:].long()
         select[select.clone()] = masks[valid] > 0
-        encoder = {name: to_the_front(model_inputs[name], model_inputs["attention_mask"])
-                   for name in ("input_ids", "attention_mask") if prefix}
+        encoder, encoder_lengths = {}, [0] * len(responses)
+        if prefix:
+            mask = model_inputs["attention_mask"]
+            encoder = {name: to_the_front(model_inputs[name], mask) for name in ("input_ids", "attention_mask")}
+            encoder_lengths = mask.sum(1).tolist()
         return {"tokens": tokens, "labels": tokens.roll(-1, dims=1), "select": select, "masks": masks,
-                "lengths": end[:, 0].tolist(), "encoder": encoder}
+                "lengths": end[:, 0].tolist(), "encoder": encoder, "encoder_lengths": encoder_lengths}
 
     def _forward_rows(self, model, layout, return_logits=False):
         """All rows of a layout -> logprobs, logits (or None), values, in [B, R]."""
-        lengths, masks = layout["lengths"], layout["masks"]
+        masks, lengths = layout["masks"], [sum(both) for both in zip(layout["lengths"], layout["encoder_lengths"])]
         logprobs, logits = torch.zeros_like(masks, dtype=torch.float32), None
         values = torch.zeros_like(logprobs)
         chunks = [range(len(lengths))] if torch.is_grad_enabled() else chunk_by_length(lengths, FORWARD_TOKENS)
@@ -744,10 +755,11 @@ class PPOTrainer:
     def _forward_tokens(self, model, layout, rows):
         """These rows of a layout -> logprobs [N], logits [N, V], values [N] of their unmasked response tokens, one row after
         the other. No token beyond the longest of the rows goes through the model, no other logits are computed."""
-        width, rows = max(layout["lengths"][i] for i in rows), torch.tensor(rows, device=layout["tokens"].device)
+        width, encoder_width = (max(layout[name][i] for i in rows) for name in ("lengths", "encoder_lengths"))
+        rows = torch.tensor(rows, device=layout["tokens"].device)
         tokens, labels, select = (layout[name][rows, :width] for name in ("tokens", "labels", "select"))
         if layout["encoder"]:
-            inputs = {**{name: x[rows] for name, x in layout["encoder"].items()}, "decoder_input_ids": tokens}
+            inputs = {name: x[rows, :encoder_width] for name, x in layout["encoder"].items()} | {"decoder_input_ids": tokens}
         else:  # a causal model never looks right: with the padding there nothing has to be masked, and positions count from 0
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         with self.accelerator.autocast():
@@ -802,15 +814,14 @@ class PPOTrainer:
                         update=True):
         """Backward pass of one minibatch and, with update, the optimizer's step -> statistics (this rank's).
 
-        Tensors [b, R] or flat [N] (logits [b, R, V], [N, V]). weight: the minibatch's part of the optimizer step's tokens. No step is taken where
-        a ratio or, with early_stopping, the KL is too large. Raises FloatingPointError."""
+        Tensors [b, R] or flat [N] (logits [b, R, V], [N, V]). weight: the minibatch's part of the optimizer step's tokens. No
+        step is taken where a ratio or, with early_stopping, the KL is too large. Raises InputError for a loss that is none."""
         loss_policy, loss_value, stats = self.loss(old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns)
-        self._veto = self._veto or bool(stats["policy/skipped"]) or self._moved_too_far(stats, mask)
+        too_far = self._moved_too_far(stats, mask)
+        self._veto = self._veto or bool(stats["policy/skipped"]) or too_far
         if not stats["policy/skipped"]:
             loss = loss_policy + loss_value
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} in update {self.current_step}: training stops, nothing "
-                                         "was stepped; go on from the last checkpoint with a smaller learning rate")
+            check_finite(loss, self.current_step, "PPO updates")
             self.accelerator.backward(loss * weight)
         if update:
             if not self._veto:
@@ -930,11 +941,11 @@ class PPOTrainer:
         missing = [name for name in columns_to_log if name not in batch]
         if missing:
             raise InputError(f"columns_to_log names {missing}, the batch has {list(batch)}: put them there or name others")
+        if not self.config.log_with:
+            return
         rewards = self.accelerator.gather(torch.stack([torch.as_tensor(r, dtype=torch.float32) for r in rewards])
                                           .to(self.accelerator.device)).cpu()
         rows = gather_object(list(zip(*(batch[name] for name in columns_to_log)))) if columns_to_log else []
-        if not self.config.log_with:
-            return
         stats = {**stats, "env/reward_mean": rewards.mean(), "env/reward_std": rewards.std(correction=0),
                  "env/reward_dist": rewards}
         numbers, vectors = split_stats(stats)
@@ -987,8 +998,9 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
 
     def push_to_hub(self, repo_id, **kwargs):
         """Uploads policy, value head and tokenizer to the hub's `repo_id`. Call it on every rank; the main one pushes."""
+        state_dict = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
-            self.policy.push_to_hub(repo_id=repo_id, **kwargs)
+            self.policy.push_to_hub(repo_id=repo_id, state_dict=state_dict, **kwargs)
             self.tokenizer.push_to_hub(repo_id=repo_id, **{k: v for k, v in kwargs.items() if k in ("private", "token")})
         self.accelerator.wait_for_everyone()
 
@@ -1028,8 +1040,12 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, path):
-        """Goes on where a checkpoint was written: weights, optimizer, KL controller, random numbers, place in the data."""
+        """Goes on where a checkpoint was written: weights, optimizer, KL controller, random numbers, place in the data. The
+        learning rate stays this trainer's, unless a scheduler sets it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.accelerator.load_state(str(path))
+        for group, rate in zip(self.optimizer.param_groups, rates) if self.lr_scheduler is None else []:
+            group["lr"] = rate
 
 
 class Stopwatch:
@@ -1073,7 +1089,7 @@ def main(config: PPOConfig):
     out = Path(config.output_dir or Path("runs") / config.exp_name)
     config.output_dir = str(out)
     checkpoint = newest_checkpoint(config.resume_from) if config.resume_from else None
-    writable_folder(out)
+    writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh adapter is drawn alike on all ranks
     tokenizer, model = load_policy(config)
     if sum(p.numel() for p in model.parameters()) < 10**6:
@@ -1092,12 +1108,12 @@ def main(config: PPOConfig):
         """-> responses, their texts, scores."""
         responses = trainer.generate(queries, batch_size=config.generation_batch_size, return_prompt=False, do_sample=True,
                                      max_new_tokens=config.max_new_tokens)
-        answers = [tokenizer.decode(r, skip_special_tokens=True) for r in responses]
-        between = " " if seq2seq else ""
-        scores = reward([tokenizer.decode(q, skip_special_tokens=True) + between + a for q, a in zip(queries, answers)])
+        text = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+        answers = [text(r) for r in responses]
+        scores = reward([f"{text(q)} {text(r)}" if seq2seq else text([*q.tolist(), *r.tolist()]) for q, r in zip(queries, responses)])
         if config.missing_eos_penalty is not None:
-            scores = [s - config.missing_eos_penalty * (r[-1] != tokenizer.eos_token_id).item()
-                      for s, r in zip(scores, responses)]
+            ends = trainer.end_tokens(trainer.policy.generation_config.eos_token_id)
+            scores = [s - config.missing_eos_penalty * (r[-1].item() not in ends) for s, r in zip(scores, responses)]
         return responses, answers, scores
 
     def show_samples(title):

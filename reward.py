@@ -160,7 +160,7 @@ class RewardConfig(Retired, TrainingArguments):
     def _translate(self, old, new, value):
         """Sets field `new` to what `old` asks for; dicts are joined. Raises InputError where both are given and differ."""
         given = getattr(self, new)
-        default = RewardConfig.__dataclass_fields__[new].default
+        default = type(self).__dataclass_fields__[new].default
         if isinstance(value, dict):
             if isinstance(given, str):
                 raise InputError(f"{old} and {new}={given!r} are both given: put {value} into that file")
@@ -630,11 +630,11 @@ def show_judgements(trainer, rows, title, out):
             file.write(json.dumps(row) + "\n")
 
 
-def main(config: RewardConfig):
+def main(config: ScriptConfig):
     """Train a reward model on pairs of a chosen and a rejected text. Returns the metrics of the last evaluation."""
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
-    writable_folder(out)
+    writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh head is drawn alike on all ranks
     tokenizer, model = load_classifier(config.model_name or str(TOY / "blank_reward"), config.torch_dtype)
     weights = model.num_parameters()
@@ -650,7 +650,7 @@ def main(config: RewardConfig):
                             callbacks=[Journal(out)], peft_config=lora_config(config, "SEQ_CLS"))
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     shown = list(islice(trainer.eval_dataset or trainer.train_dataset, 4))
-    if not checkpoint:
+    if not checkpoint and model.device.type == config.device.type:  # a model to be sharded waits on the CPU
         show_judgements(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:

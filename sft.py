@@ -32,7 +32,7 @@ import copy
 import json
 import math
 import random
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -188,7 +188,7 @@ def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True,
                 rows.append((start, whole[len(start):]))
             else:
                 start = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
-                if not seq2seq and start[-1:] == [tokenizer.eos_token_id]:
+                if not seq2seq and start[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
                     start = start[:-1]  # some tokenizers end whatever they read
                 rows.append((start, end(tokenizer(completion, add_special_tokens=False).input_ids)))
         if seq2seq:
@@ -243,8 +243,8 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
             "eos_token_id": end if append_concat_token else None, "assistant_only_loss": assistant_only_loss}
 
     def __len__(self):
-        if self.infinite:
-            raise TypeError("an infinite data set has no length: set max_steps")
+        if self.infinite or not hasattr(self.dataset, "__len__"):
+            raise TypeError("a data set without an end, or without a length, has no number of packed rows: set max_steps")
         if self.length is None:
             self.length = sum(1 for _ in self.rows(random.Random(0)))
         return self.length
@@ -361,18 +361,19 @@ class DataCollatorForCompletionOnlyLM:
     def ends_of(self, template, ids):
         """Where in the row the template's occurrences begin and end -> [(begin, end)].
 
-        As token numbers first. A tokenizer may write a text otherwise in the middle of a row than alone; then the text is
-        searched, and the tokens that hold it are found by halving."""
+        As token numbers first. A tokenizer may write a text otherwise in the middle of a row than alone; where the row's text has it
+        more often, that is searched, and the tokens that hold it are found by halving."""
         wanted = self.tokenizer(template, add_special_tokens=False).input_ids if isinstance(template, str) else list(template)
         n = len(wanted)
         found = [(i, i + n) for i in range(len(ids) - n + 1) if ids[i:i + n] == wanted]
-        if found or not isinstance(template, str):
+        text = self.tokenizer.decode(ids) if isinstance(template, str) else ""
+        if not isinstance(template, str) or text.count(template) <= len(found):
             return found
         length = lambda k: len(self.tokenizer.decode(ids[:k]))
-        text, at = self.tokenizer.decode(ids), -1
+        found, at = [], -1
         while (at := text.find(template, at + 1)) >= 0:
-            begin, end = [bisect_left(range(len(ids) + 1), place, key=length) for place in (at, at + len(template))]
-            found.append((begin, end))
+            begin = bisect_right(range(len(ids) + 1), at, key=length) - 1  # the token that holds its first letter
+            found.append((begin, bisect_left(range(len(ids) + 1), at + len(template), key=length)))
         return found
 
     def learnt(self, ids):
@@ -467,6 +468,9 @@ class SFTTrainer(Trainer):
                 model = AutoModelForCausalLM.from_pretrained(name, **(model_init_kwargs or {}))
         elif model_init_kwargs:
             raise InputError("model_init_kwargs are for loading a model by its name, and `model` is one already")
+        if isinstance(train_dataset, IterableDataset) or isinstance(eval_dataset, IterableDataset):
+            args.accelerator_config = copy.copy(args.accelerator_config)
+            args.accelerator_config.dispatch_batches = False  # each rank reads the stream itself: rows differ in length
         if peft_config is not None and model is not None:
             model = with_adapter(model, peft_config, args.seed)
         elif peft_config is not None:
@@ -530,6 +534,9 @@ class SFTTrainer(Trainer):
         first = list(islice(iter(rows), 2))
         if not first:
             raise InputError(f"the {name} data set is empty")
+        if "position_ids" in first[0]:
+            return rows  # packed already
+        formatting_func = None if "input_ids" in first[0] else formatting_func
         lazy = isinstance(rows, IterableDataset)
         processes = {} if lazy else {"num_proc": num_proc}
         encoding = {**self.encoding, "texts_of": formatting_func and formatter(formatting_func, first),
@@ -570,6 +577,8 @@ class SFTTrainer(Trainer):
         if not len(kept):
             raise InputError(f"the training data set doesn't fill one row of max_seq_length={self.max_seq_length} tokens: give more "
                              "text, a smaller max_seq_length, or dataset_kwargs={'keep_tail': True}")
+        if not any(map(teaches, kept)):
+            raise InputError("no packed row has a token to learn: look at the labels, or at the roles of the chats (assistant)")
         return kept
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -641,7 +650,8 @@ def continued(trainer, row):
     tokenizer, model = trainer.tokenizer, trainer.model
     labels = row.get("labels", row["input_ids"])
     begin = len(row["input_ids"]) if trainer.seq2seq else next(i for i, label in enumerate(labels) if label != IGNORE)
-    prompt = torch.tensor([row["input_ids"][:max(begin, 3)]], device=model.device)
+    room = getattr(model.config, "max_position_embeddings", None) or 10**9
+    prompt = torch.tensor([row["input_ids"][:max(begin, 3)][-max(room - 40, 1):]], device=model.device)
     never = [tokenizer.pad_token_id] if tokenizer.pad_token_id != tokenizer.eos_token_id else None
     answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=0,
                             pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
@@ -653,7 +663,7 @@ def main(config: SFTConfig):
     """Fine-tune a language model on texts, completions or chats. Returns the metrics of the last evaluation."""
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
-    writable_folder(out)
+    writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "blank"), config.torch_dtype)
     weights = model.num_parameters()

@@ -244,10 +244,22 @@ def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
 
 def test_a_folder_that_can_not_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
-    common.writable_folder(tmp_path / "new" / "folder")
+    common.writable_folder(tmp_path / "new" / "folder", fresh=True)
     assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
     with pytest.raises(InputError, match="can't be written"):
-        common.writable_folder(tmp_path / "file" / "folder")
+        common.writable_folder(tmp_path / "file" / "folder", fresh=True)
+
+
+def test_a_fresh_run_never_writes_over_the_checkpoints_of_another(tmp_path):
+    (tmp_path / "samples.jsonl").touch()
+    common.writable_folder(tmp_path, fresh=True)
+    assert not list(tmp_path.iterdir())                  # samples are appended to: those of an earlier run go
+    for kept in ("checkpoint-70", "samples.jsonl"):
+        (tmp_path / kept).mkdir()
+    common.writable_folder(tmp_path, fresh=False)
+    with pytest.raises(InputError, match="holds checkpoint-70 of an earlier run: resume from it, or choose another"):
+        common.writable_folder(tmp_path, fresh=True)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------------------- models with a value head

@@ -308,6 +308,33 @@ def test_unguided_training_samples_unguided(fields, make_trainer):
     assert set(seen) == {1.0} and trainer.stats["clipfrac"] == 0
 
 
+def test_a_prompt_that_can_never_be_known_well_enough_is_told():
+    with pytest.raises(InputError, match="min_count=32 rewards of a prompt are never remembered"):
+        DDPOConfig(per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=32)
+
+
+@pytest.mark.parametrize("form", [lambda x: [r.requires_grad_() for r in x], lambda x: (x[:, None], "more"), lambda x: (x.numpy(), {}),
+                                  lambda x: tuple(x.tolist())])
+def test_rewards_may_come_in_any_form(form, make_trainer):
+    trainer = make_trainer(lambda images, prompts, metadata: form(torch.arange(2.0)))
+    _, pairs = trainer._generate_samples(1, 2)
+    assert trainer.compute_rewards(pairs).tolist() == [0, 1]
+
+
+def test_a_lora_that_the_whole_unet_goes_on_from_becomes_part_of_it(make_trainer, tiny, tmp_path):
+    trainer = make_trainer(use_lora=True)
+    trainer.step(0, 0)
+    trainer.save_pretrained(str(tmp_path / "lora"))
+    whole = DefaultDDPOStableDiffusionPipeline(tiny, use_lora=False, lora_weights=str(tmp_path / "lora"))
+    whole.save_pretrained(tmp_path / "whole")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    x, t, c = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 8, 16)
+    with torch.no_grad():
+        want = trainer.sd_pipeline.unet(x, t, c).sample
+        torch.testing.assert_close(again.unet(x, t, c).sample, want, atol=1e-5, rtol=1e-4)
+        assert not torch.equal(want, StableDiffusionPipeline.from_pretrained(tiny).unet(x, t, c).sample)
+
+
 def test_an_update_makes_better_samples_likelier_and_worse_ones_less(make_trainer):
     """The sign of the loss: what earned more than the mean becomes likelier at its own times."""
     trainer = make_trainer(train_learning_rate=1e-4, sample_batch_size=4, sample_num_batches_per_epoch=1, train_batch_size=4)
@@ -345,7 +372,7 @@ def test_a_gradient_does_not_depend_on_how_it_is_cut_into_passes(fields, make_tr
 
 
 def test_times_of_a_pass_share_the_unet_and_each_has_its_own_loss(make_trainer):
-    """Whoever overrides calculate_loss, as 0.7.10's users do, sees one time of a minibatch a call."""
+    """calculate_loss is called for one time of a minibatch at a time, as it always was."""
     trainer = make_trainer(sample_num_batches_per_epoch=1, train_learning_rate=0.0)
     trainer.sd_pipeline.predict, inner = Mock(side_effect=trainer.sd_pipeline.predict), trainer.calculate_loss
     trainer.calculate_loss = Mock(side_effect=inner)
@@ -396,7 +423,7 @@ def test_rewards_come_in_any_form(reward, make_trainer):
 
 
 @pytest.mark.parametrize("reward, sentence", [
-    (lambda n: [1.0] * (n - 1), "returned 1 rewards for 2 pictures"), (lambda n: 0.5, "returned a single number for 2 pictures"),
+    (lambda n: [1.0] * (n - 1), "returned 1 rewards for 2 pictures"), (lambda n: 0.5, "returned no list of numbers for 2 pictures"),
     (lambda n: [1.0, float("nan")], "reward of the picture for 'a blue square' is nan"),
     (lambda n: torch.tensor([float("inf")] * n), "reward of the picture for 'a red circle' is inf")])
 def test_bad_rewards_are_told_before_any_weight_moves(reward, sentence, make_trainer, trained_part):
@@ -420,7 +447,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(m
     trainer = make_trainer()
     before, inner = trained_part(trainer), trainer.calculate_loss
     trainer.calculate_loss = lambda *args: (inner(*args)[0] * float("nan"), *inner(*args)[1:])
-    with pytest.raises(FloatingPointError, match="loss is nan in epoch 0"):
+    with pytest.raises(InputError, match="the loss is nan after 0 epochs"):
         trainer.step(0, 0)
     assert equal(before, trained_part(trainer))
 

@@ -272,9 +272,9 @@ def test_what_is_too_long_is_cut_and_answers_end_in_eos(limits, prompt, answer, 
         assert row["rejected_input_ids"] == kept + ids(SHORT) + [EOS]
 
 
-@pytest.mark.parametrize("limits", [{"max_length": 16, "max_prompt_length": 16}, {"max_prompt_length": 64}, {"max_length": 0}])
+@pytest.mark.parametrize("limits", [{"max_length": 16, "max_prompt_length": 16}, {"max_prompt_length": 64}, {"max_length": 1}, {"max_target_length": 0}])
 def test_limits_that_leave_no_answer_are_refused(limits, make):  # D8
-    with pytest.raises(InputError, match="leaves no token for an answer|give a number above 0"):
+    with pytest.raises(InputError, match="leaves no token for an answer|give [12] or more"):
         make(**limits)
 
 
@@ -822,6 +822,28 @@ def test_model_init_makes_the_model_and_its_reference(make_args, tokenizer):  # 
         assert not any(m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
+def test_model_init_s_trained_adapter_is_compared_with_itself_as_it_was(make_args, tokenizer):
+    """Trainer makes the model anew for each run: the reference belongs to the one that trains."""
+    noted = []
+    for how in ({"model": trained_lora(hf_model("gpt2"))}, {"model_init": lambda: trained_lora(hf_model("gpt2"))}):
+        trainer = InOrder(**how, args=make_args(max_steps=3), train_dataset=Dataset.from_list(ROWS), tokenizer=tokenizer)
+        trainer.train()
+        noted.append(trainer.noted)
+    assert noted[0] == pytest.approx(noted[1], abs=1e-5) and noted[0][0] == pytest.approx(LN2, abs=1e-6) and noted[0][2] < LN2 - 1e-3
+
+
+def test_predict_takes_rows_as_evaluate_does(make):
+    trainer, rows = make(), Dataset.from_list(ROWS[:2])
+    trainer.train()
+    want = trainer.evaluate(rows)["eval_loss"]
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(want, abs=1e-6) and want != pytest.approx(LN2, abs=1e-4)
+
+
+def test_a_batch_that_begins_with_an_empty_prompt_holds_whole_numbers(tokenizer):
+    rows = [{"prompt_input_ids": [], "prompt_attention_mask": []}, {"prompt_input_ids": [5], "prompt_attention_mask": [1]}]
+    assert DPODataCollatorWithPadding(0)(rows)["prompt_input_ids"].dtype == torch.long
+
+
 def test_the_signature_s_defaults_can_be_used(tokenizer, monkeypatch, tmp_path):  # D13, G3
     monkeypatch.chdir(tmp_path)
     trainer = DPOTrainer(hf_model("gpt2"), train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
@@ -919,7 +941,6 @@ def test_samples_are_told_to_the_trackers_even_from_one_row(arch, make, monkeypa
     ({"model_init": lambda: None}, "either model or model_init"),
     ({"model_init_kwargs": {}}, "model_init_kwargs are for a model given by name"),
     ({"ref_model_init_kwargs": {}}, "ref_model_init_kwargs are for a ref_model given by name"),
-    ({"generate_during_eval": True}, "generate_during_eval has nowhere to write"),
     ({"ref_adapter_name": "other"}, "the model has no adapter"),
     ({"rows": [{"prompt": "w4", "chosen": "w5"}]}, "train_dataset has the columns .* and lacks rejected"),
     ({"rows": [{"prompt": "w4", "chosen": "w5", "rejected": 7}]}, "row 0 can't be tokenised|rejected must be a text"),

@@ -189,7 +189,7 @@ def test_two_ranks_and_two_shards_end_where_one_process_does(tmp_path):
     ({"dataset": "missing.jsonl"}, "data file missing.jsonl does not exist"), ({"model_name": "no/such"}, "model_name no/such can't be loaded"),
     ({"ref_model_name": "no/such"}, "model no/such can't be loaded"), ({"beta": -1.0}, "beta=-1.0"),
     ({"resume_from_checkpoint": "nowhere"}, "no checkpoint-<n> there"), ({"max_prompt_length": 500}, "leaves no token for an answer"),
-    ({"generate_during_eval": True}, "nowhere to write")], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+    ({"label_smoothing_factor": 0.1}, "DPO's is label_smoothing")], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_bad_input_is_one_clear_sentence(fields, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence):
         main(small(tmp_path, **fields))

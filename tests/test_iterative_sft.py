@@ -221,9 +221,8 @@ def test_gradients_stay_on_the_parameters_where_the_optimizer_zeroes_them(make):
 
 
 def test_the_cache_of_the_accelerator_is_handed_back_after_each_optimizer_step(make, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     calls = []
-    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: calls.append(1))
+    monkeypatch.setattr(iterative_sft, "clear_device_cache", lambda **kwargs: calls.append(1))
     make(parts={"optimize_device_cache": True}).step(tokens(5))
     assert calls == [1]
     make().step(tokens(5))
@@ -774,6 +773,21 @@ def test_lora_trains_and_resumes_and_goes_on_from_its_folder(tmp_path):
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     main(small(tmp_path / "more", num_train_epochs=1, model_name=str(tmp_path / "whole")))
     assert (tmp_path / "more" / name).read_bytes() != (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(InputError, match="the model has an adapter already"):
+        main(small(tmp_path / "two", model_name=str(tmp_path / "whole"), **fields))
+
+
+def test_a_run_that_has_ended_is_not_resumed_without_more_to_do(tmp_path):
+    main(small(tmp_path))
+    with pytest.raises(InputError, match="is the end of its run: raise --num-train-epochs"):
+        main(small(tmp_path, resume_from_checkpoint=str(tmp_path)))
+
+
+def test_a_bad_held_out_row_is_told_before_the_first_round(tmp_path):
+    (tmp_path / "held_out.jsonl").write_text('{"text": "the plot was dull."}\n{"text": ""}\n')
+    with pytest.raises(InputError):
+        main(small(tmp_path / "out", eval_dataset=str(tmp_path / "held_out.jsonl")))
+    assert not (tmp_path / "out" / "samples.jsonl").exists()  # nothing was sampled yet
 
 
 def test_checkpoints_are_written_at_the_end_of_rounds(tmp_path):

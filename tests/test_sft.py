@@ -21,7 +21,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLa
 from common import TOY, InputError, disable_dropout
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from sft import (IGNORE, ConstantLengthDataset, DataCollator, DataCollatorForCompletionOnlyLM, Seq2SeqCollator, SFTTrainer,
-                 cross_entropy, encode, formatter, next_tokens)
+                 continued, cross_entropy, encode, formatter, next_tokens)
 from test_recorded import changes, fill
 
 # one token a word: user 10, assistant 11, "<s> w10 question w11 answer </s> w10 ..."
@@ -327,8 +327,16 @@ def test_an_infinite_data_set_begins_anew_and_has_no_length(tokenizer):
     packed = ConstantLengthDataset(tokenizer, rows_of(["w4 w5 w6"]), "text", infinite=True, seq_length=3, shuffle=False)
     rows = iter(packed)
     assert [next(rows)["input_ids"].tolist() for _ in range(5)] == [[4, 5, 6], [EOS, 4, 5], [6, EOS, 4], [5, 6, EOS], [4, 5, 6]]
-    with pytest.raises(TypeError, match="no length: set max_steps"):
+    with pytest.raises(TypeError, match="no number of packed rows: set max_steps"):
         len(packed)
+
+
+def test_a_packed_stream_is_not_counted_before_it_is_read(tokenizer):
+    read = []
+    stream = rows_of(["w4 w5"] * 50).to_iterable_dataset().map(lambda row: read.append(1) or row)
+    with pytest.raises(TypeError, match="set max_steps"):
+        len(ConstantLengthDataset(tokenizer, stream, "text", seq_length=3))
+    assert not read
 
 
 def test_the_end_of_a_document_is_the_tokenizer_s_or_else_eos_token_id(make_tokenizer):
@@ -426,6 +434,7 @@ def test_a_template_that_the_tokenizer_writes_otherwise_in_a_row_is_found():
     inside = tokenizer(text).input_ids
     assert not any(inside[i:i + len(alone)] == alone for i in range(len(inside))), "choose another word"
     assert labelled(tokenizer, text, response_template=template) == " was dull"
+    assert labelled(tokenizer, text[4:], response_template=template) == " was dull"  # the first is written as it is alone
 
 
 def test_a_row_without_the_template_is_told_and_teaches_nothing(tokenizer, capsys):
@@ -712,6 +721,31 @@ def test_rows_given_to_evaluate_are_tokenised_too(make_sft):
     assert trainer.evaluate(rows_of(TEXTS[:4]))["eval_loss"] == pytest.approx(want, rel=1e-6)
 
 
+def test_rows_that_are_ready_are_not_made_ready_again(make_sft):
+    packed = make_sft(packing=True, max_seq_length=8)
+    assert packed.prepare(packed.train_dataset, "training", **packed.how) is packed.train_dataset
+    trainer = make_sft(eval_dataset=rows_of(TEXTS[:4]), formatting_func=lambda row: row["text"])
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_a_prompt_keeps_the_end_of_sequence_that_it_writes_itself(tokenizer):
+    (row,), _ = encode({"prompt": ["w4 </s>"], "completion": ["w5"]}, tokenizer, eos_token_id=EOS)
+    assert row == [4, EOS, 5, EOS]
+
+
+def test_packed_rows_that_teach_nothing_are_told(make_sft):
+    rows = [{"input_ids": [4, 5, 6, 7], "labels": [-100] * 4}] * 8
+    with pytest.raises(InputError, match="no packed row has a token to learn"):
+        make_sft(rows=rows, packing=True, max_seq_length=8)
+
+
+def test_a_sample_fits_the_model_s_positions(make_sft):
+    trainer = make_sft()
+    positions = trainer.model.config.max_position_embeddings
+    prompt, answer = continued(trainer, {"input_ids": [5] * (positions - 2) + [6, 7], "labels": [-100] * (positions - 2) + [6, 7]})
+    assert prompt and isinstance(answer, str)
+
+
 def test_labels_for_completions_are_made_once_at_the_start(make_sft, tokenizer):
     collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)
     trainer = make_sft(rows=rows_of(["w4 w11 w5", "w6 w7 w11 w8 w9"]), data_collator=collator)
@@ -943,7 +977,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_leaves_the_last_checkpoin
                 model.transformer.wpe.weight.data.fill_(float("nan"))
 
     trainer = make_sft(max_steps=5, save_strategy="steps", save_steps=1, callbacks=[Poison()])
-    with pytest.raises(InputError, match="the loss is nan after 2 optimizer steps.*resume"):
+    with pytest.raises(InputError, match="the loss is nan after 2 optimizer steps.*from the last checkpoint"):
         trainer.train()
     model = AutoModelForCausalLM.from_pretrained(f"{trainer.args.output_dir}/checkpoint-2")
     assert all(p.isfinite().all() for p in model.parameters())
