@@ -123,7 +123,7 @@ class DPOConfig(TrainingArguments):
     """Run the reference over all pairs before the first step and let it go: less memory, and less time from the second
     epoch on."""
     generate_during_eval: bool = False
-    """Send answers of policy and reference to the trackers of report_to at every evaluation."""
+    """Write answers of policy and reference to samples.jsonl, and to the trackers of report_to, at every evaluation."""
     share_prompts: Optional[bool] = None
     """Run the prompt of a pair once for both answers. None: where that is less work; False: never; True: wherever it is exact."""
     dataset_num_proc: Optional[int] = None

@@ -290,7 +290,8 @@ class IterativeSFTTrainer(Trainer):
 
         Give input_ids (a list of LongTensors [length]; attention_mask and labels alike, where labels hold -100 for what is
         not learnt and default to the inputs) or texts (a list of strings; texts_labels default to them). A causal model's
-        labels stand where their tokens stand; an encoder-decoder's are what it is to answer, of any length.
+        labels stand where their tokens stand; an encoder-decoder's are what it is to answer, of any length. Texts are tokenised
+        as they are: where the tokenizer adds no end-of-sequence token, write it into the text, or give input_ids.
 
         An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps rows, the last one what is left.
         Every rank brings as many rows. Raises InputError before any weight has moved."""

@@ -73,7 +73,7 @@ class PPOConfig:
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
     """Name of the experiment: title of the model card and name of the output folder."""
     seed: int = 0
-    """Weights and shuffles, alike on all ranks; rank r samples by a seed of its own."""
+    """Weights and the order of the data, alike on all ranks; rank r samples, and shuffles its minibatches, by a seed of its own."""
     log_with: Optional[Literal["wandb", "tensorboard"]] = None
     """Tracker beside metrics.jsonl."""
     task_name: Optional[str] = None
@@ -1005,7 +1005,7 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
         self.accelerator.wait_for_everyone()
 
     def _push_if_best(self, score):
-        """Every compare_steps updates: push the policy where its mean score (global, as the reward gave it) is the best."""
+        """Every compare_steps updates: push the policy where its mean score (global, before scaling) is the best."""
         if self.config.push_to_hub_if_best_kwargs and self.current_step % self.config.compare_steps == 0:
             if score > self.highest_reward:
                 self.highest_reward = score

@@ -249,7 +249,8 @@ class RewardDataCollatorWithPadding:
 
     Padding stands on the right, whatever the tokenizer's side: many classifiers count positions from the row's start.
     padding: True, or "max_length" for rows of that width. max_length: rows are cut to their first tokens, so many.
-    pad_to_multiple_of: widths are multiples of this. return_tensors: "pt" alone. Raises InputError."""
+    pad_to_multiple_of: widths are multiples of this. return_tensors: "pt" alone. Raises InputError.
+    These are widths of the batch; what goes through the model, the trainer lays out by itself."""
 
     tokenizer: Any
     padding: Union[bool, str] = True

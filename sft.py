@@ -434,7 +434,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 class SFTTrainer(Trainer):
     """transformers.Trainer for the loss above. Its arguments are Trainer's, and these:
 
-    model: a model, or the name or folder of one, which is then loaded with `model_init_kwargs`.
+    model: a model, or the name or folder of a causal one, which is then loaded with `model_init_kwargs`.
     args: TrainingArguments; None: their defaults. The trainer changes none of what it is given.
     tokenizer (or processing_class): None: the model's own.
     train_dataset, eval_dataset (or a dict of them): rows as `encode` reads them, materialised or streamed; a
