@@ -577,12 +577,15 @@ class PPOTrainer:
         if not do_sample:
             return kwargs, False
         top_k, top_p = kwargs.pop("top_k", 0), kwargs.pop("top_p", 1.0)
-        reshaping = {"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
-                     "bad_words_ids", "suppress_tokens", "min_new_tokens"} & kwargs.keys()
-        if temperature != self.config.temperature or top_k or (top_p or 1.0) < 1.0 or reshaping:
-            settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-            warnings.warn(f"responses are sampled with {settings | {name: kwargs[name] for name in sorted(reshaping)}} and scored "
-                          f"with temperature {self.config.temperature} alone: ratio and KL are those of another policy")
+        cuts = {name: kwargs[name] for name in ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff") if name in kwargs}
+        bans = {name: kwargs[name] for name in ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+                                                "min_new_tokens") if name in kwargs}
+        other = temperature != self.config.temperature or top_k or (top_p or 1.0) < 1.0 or cuts
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if other or bans:
+            warnings.warn(f"responses are sampled with {settings | cuts | bans} and scored with temperature "
+                          f"{self.config.temperature} alone: ratio and KL are those of another policy")
+        if other:
             return {**kwargs, **settings}, False
         if kwargs.get("num_beams", 1) != 1:
             raise ValueError("a rollout is one sampled response for each query: no beams")
