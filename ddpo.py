@@ -724,24 +724,22 @@ class DDPOTrainer:
         over all ranks."""
         config = self.config
         trained = int(times.shape[1] * config.train_timestep_fraction)
-        passes = [(mb, t)                                     # samples [n], and a few of the times of each [k, n]
+        passes = [(mb, t)                                          # samples [n], and k of the times of each [k, n]
                   for mb, mb_times in zip(rows.split(config.train_batch_size), times.split(config.train_batch_size))
                   for t in mb_times[:, :trained].T.split(config.train_times_per_pass or 2)]
-        means = torch.zeros(3, device=advantages.device)
+        read = ["negative_prompt_embeds"] * (self.guidance_scale > 1) + ["prompt_embeds"]
+        means = torch.zeros(3, device=advantages.device)                                   # loss, approx_kl, clipfrac
         for i, (mb, t) in enumerate(passes):
-            embeds = [data["prompt_embeds"][mb]]
-            if self.guidance_scale > 1:
-                embeds = [data["negative_prompt_embeds"][mb], *embeds]
+            steps = [data[name][mb, t] for name in ("latents", "timesteps", "next_latents", "log_probs")]  # [k, n, ...] each
+            embeds = [data[name][mb] for name in read]
             # ranks exchange gradients once, in the last backward pass
             with nullcontext() if i + 1 == len(passes) else self.accelerator.no_sync(self.unet):
-                outputs = self._predict(data["latents"][mb, t].flatten(0, 1), data["timesteps"][mb, t].flatten(),
-                                        torch.cat([e.repeat(len(t), 1, 1) for e in embeds]))
-                parts = [torch.stack(self.calculate_loss(
-                    *(data[name][mb, at] for name in ("latents", "timesteps", "next_latents", "log_probs")), advantages[mb],
-                    torch.cat(embeds), output)) for at, output in zip(t, outputs.view(*t.shape, *outputs.shape[1:]))]
-                share = sum(parts) * len(mb) / (len(rows) * trained)
+                outputs = self._predict(steps[0].flatten(0, 1), steps[1].flatten(), torch.cat([e.repeat(len(t), 1, 1) for e in embeds]))
+                told = [torch.stack(self.calculate_loss(*step, advantages[mb], torch.cat(embeds), output))
+                        for *step, output in zip(*steps, outputs.unflatten(0, t.shape))]
+                share = sum(told) * len(mb) / (len(rows) * trained)
                 self.accelerator.backward(share[0])
-            means += share.detach()                                                       # loss, approx_kl, clipfrac
+            means += share.detach()
         check_finite(means[0], self.epoch, "epochs")
         self.accelerator.clip_grad_norm_(self.unet.parameters(), config.train_max_grad_norm)
         self._stepper.step()

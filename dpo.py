@@ -137,12 +137,14 @@ class DPOConfig(TrainingArguments):
 
 # ------------------------------------------------------------------------------------------------ data
 def texts_of(row, tokenizer):
-    """A row's prompt, chosen and rejected as texts. Chat messages go through the tokenizer's template; without a prompt of
-    their own, two conversations have as their prompt the messages that they begin with alike."""
+    """A row's prompt, chosen and rejected as texts. Chat messages go through the tokenizer's template, a prompt that is a text as
+    the user's; where the answers are whole conversations, the prompt is the messages that they begin with alike."""
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         return prompt, chosen, rejected
-    if not isinstance(prompt, list):
+    if isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if not prompt or chosen[:len(prompt)] == rejected[:len(prompt)] == prompt:
         most = min(len(chosen), len(rejected)) - 1
         same = next((i for i in range(most) if chosen[i] != rejected[i]), max(most, 0))
         prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]

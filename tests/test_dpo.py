@@ -320,6 +320,16 @@ def test_chats_go_through_the_template_once(make_tokenizer):  # D23, D6
             assert told[f"{name}_input_ids"] == want["prompt"] + want[name]
 
 
+def test_a_chat_s_prompt_may_be_a_text_or_stand_in_the_answers_too(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    ask, yes, no = ([{"role": role, "content": text}] for role, text in (("user", "w5"), ("assistant", "w6"), ("assistant", "w7")))
+    want = dpo.texts_of({"prompt": ask, "chosen": yes, "rejected": no}, tokenizer)
+    assert dpo.texts_of({"prompt": "w5", "chosen": yes, "rejected": no}, tokenizer) == want
+    assert dpo.texts_of({"prompt": ask, "chosen": ask + yes, "rejected": ask + no}, tokenizer) == want
+    assert dpo.texts_of({"chosen": ask + yes, "rejected": ask + no}, tokenizer) == want
+
+
 def test_the_trainer_takes_chats_without_a_prompt_column(make, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
