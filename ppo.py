@@ -530,7 +530,9 @@ class PPOTrainer:
         if plain:  # a model's settings for chats (beams, penalties, forced tokens) would make another policy of it
             known = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "max_new_tokens", "max_length")
             model.pretrained_model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in known})
-        ends = sorted(self.end_tokens(kwargs.get("eos_token_id", own.eos_token_id)))
+        ids = kwargs.get("eos_token_id", own.eos_token_id)
+        # one given token that ends and pads, and is not the tokenizer's, asks for responses of one length, as in TRL 0.7
+        ends = sorted(self.end_tokens(None if "eos_token_id" in kwargs and ids == kwargs["pad_token_id"] else ids))
         ends = torch.tensor(ends, device=self.accelerator.device)
         model.eval()
         by_length = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding within a batch
