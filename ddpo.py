@@ -731,11 +731,12 @@ class DDPOTrainer:
         means = torch.zeros(3, device=advantages.device)                                   # loss, approx_kl, clipfrac
         for i, (mb, t) in enumerate(passes):
             steps = [data[name][mb, t] for name in ("latents", "timesteps", "next_latents", "log_probs")]  # [k, n, ...] each
-            embeds = [data[name][mb] for name in read]
+            embeds = torch.cat([data[name][mb] for name in read])
+            repeated = torch.cat([data[name][mb].repeat(len(t), 1, 1) for name in read])
             # ranks exchange gradients once, in the last backward pass
             with nullcontext() if i + 1 == len(passes) else self.accelerator.no_sync(self.unet):
-                outputs = self._predict(steps[0].flatten(0, 1), steps[1].flatten(), torch.cat([e.repeat(len(t), 1, 1) for e in embeds]))
-                told = [torch.stack(self.calculate_loss(*step, advantages[mb], torch.cat(embeds), output))
+                outputs = self._predict(steps[0].flatten(0, 1), steps[1].flatten(), repeated)
+                told = [torch.stack(self.calculate_loss(*step, advantages[mb], embeds, output))
                         for *step, output in zip(*steps, outputs.unflatten(0, t.shape))]
                 share = sum(told) * len(mb) / (len(rows) * trained)
                 self.accelerator.backward(share[0])

@@ -530,10 +530,11 @@ class PPOTrainer:
         if plain:  # a model's settings for chats (beams, penalties, forced tokens) would make another policy of it
             known = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "max_new_tokens", "max_length")
             model.pretrained_model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in known})
-        ids = kwargs.get("eos_token_id", own.eos_token_id)
+        ends = kwargs.get("eos_token_id", own.eos_token_id)
         # one given token that ends and pads, and is not the tokenizer's, asks for responses of one length, as in TRL 0.7
-        ends = sorted(self.end_tokens(None if "eos_token_id" in kwargs and ids == kwargs["pad_token_id"] else ids))
-        ends = torch.tensor(ends, device=self.accelerator.device)
+        if "eos_token_id" in kwargs and ends == kwargs["pad_token_id"]:
+            ends = None
+        ends = torch.tensor(sorted(self.end_tokens(ends)), device=self.accelerator.device)
         model.eval()
         by_length = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding within a batch
         try:
@@ -1115,7 +1116,8 @@ def main(config: PPOConfig):
                                      max_new_tokens=config.max_new_tokens)
         text = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
         answers = [text(r) for r in responses]
-        scores = reward([f"{text(q)} {text(r)}" if seq2seq else text([*q.tolist(), *r.tolist()]) for q, r in zip(queries, responses)])
+        scores = reward([f"{text(q)} {answer}" if seq2seq else text([*q.tolist(), *r.tolist()])
+                         for q, r, answer in zip(queries, responses, answers)])
         if config.missing_eos_penalty is not None:
             ends = trainer.end_tokens(trainer.policy.generation_config.eos_token_id)
             scores = [s - config.missing_eos_penalty * (r[-1].item() not in ends) for s, r in zip(scores, responses)]
