@@ -92,14 +92,14 @@ def make_model():
 
 @pytest.fixture
 def make_tokenizer():
-    """make_tokenizer(**attributes) -> 100 words: <pad> 0, <s> 1, </s> 2, <unk> 3, and w4 to w99, parted by spaces."""
+    """make_tokenizer(**attributes) -> 100 words: <pad> 0, <s> 1, </s> 2, <unk> 3, and w4 to w99, split at spaces."""
     def make(**attributes):
         words = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(4, VOCAB)]
         core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=core, model_max_length=64, **{**special, **attributes})
+            tokenizer_object=core, **{"model_max_length": 64, **special, **attributes})
 
     return make
 
@@ -125,7 +125,7 @@ def make_batch():
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer):
-    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. Unless told: a batch of 4 rows
+    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. By default: a batch of 4 rows
     in one minibatch, one epoch, learning rate 1e-3."""
     def make(model="gpt2", **kwargs):
         names = ("ref_model", "tokenizer", "dataset", "optimizer", "data_collator", "num_shared_layers", "lr_scheduler")

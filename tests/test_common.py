@@ -1,25 +1,31 @@
-"""common.py: seeds, rows, prompts, rewards, and models with a value head, from and to every kind of folder.
+"""common.py: seeds, ranks, rows, prompts, rewards, what a run leaves behind, and models with a value head.
 
     python -m pytest -q tests/test_common.py
 """
+import dataclasses
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2ForSequenceClassification
+from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2ForSequenceClassification,
+                          ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments)
 
 import common
 from common import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError
-from conftest import CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB
+from conftest import CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 
 ARCHITECTURES = CAUSAL + SEQ2SEQ
 wrapper_of = lambda arch: AutoModelForSeq2SeqLMWithValueHead if arch in SEQ2SEQ else AutoModelForCausalLMWithValueHead
@@ -44,13 +50,112 @@ def same_model(model, other, arch="gpt2"):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ seeds
+# ------------------------------------------------------------------------------------------------ seeds, ranks
 def test_set_seed_seeds_python_numpy_and_torch():
     def draw(seed):
         common.set_seed(seed)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     assert draw(3) == draw(3) and not set(draw(3)) & set(draw(4))
+
+
+def test_one_process_under_torchrun_forms_no_group(monkeypatch):
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    common.setup_ranks()
+    assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
+
+
+@pytest.mark.parametrize("threads", [None, "3"])
+def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwise(threads, monkeypatch):
+    for name in ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    common.setup_ranks()
+    assert os.environ["ACCELERATE_USE_CPU"] == "true" and os.environ["OMP_NUM_THREADS"] == (threads or "1")
+    assert os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "1"
+
+
+def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    chosen, precision = [], torch.get_float32_matmul_precision()
+    for name, value in {"is_available": lambda: True, "device_count": lambda: 4, "set_device": chosen.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    try:
+        common.setup_ranks()
+        assert chosen == [3] and torch.get_float32_matmul_precision() == "high"
+        assert "ACCELERATE_USE_CPU" not in os.environ
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    """Trainer would split each batch among threads (DataParallel), which the losses here do not know."""
+    with pytest.raises(InputError, match="--nproc_per_node 4"):
+        common.prepare_process(types.SimpleNamespace(n_gpu=4))
+    for fine in (0, 1):
+        common.prepare_process(types.SimpleNamespace(n_gpu=fine))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+def test_any_error_inside_explain_becomes_one_sentence_with_its_place():
+    with pytest.raises(InputError) as error:
+        with common.explain("row 7 of mine.jsonl can't be read"):
+            raise KeyError("first line\nsecond line")
+    told = str(error.value)
+    assert told.startswith("row 7 of mine.jsonl can't be read: ") and "KeyError" in told and "test_common.py:" in told
+    assert "first line" in told and isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(InputError, match="AssertionError"):  # an error without words still has a name
+        with common.explain("row 7"):
+            assert not ROWS
+
+
+def test_explain_leaves_a_sentence_and_an_interruption_as_they_are():
+    for error in (InputError("label 3 is none of 0, 1"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            with common.explain("reward_model x can't be loaded"):
+                raise error
+        assert caught.value is error
+
+
+def test_explain_says_the_first_line_of_an_error_alone():
+    with pytest.raises(InputError) as error:
+        with common.explain("it failed"):
+            raise OSError("no such file\nTraceback of the library")
+    assert "no such file" in str(error.value) and "\n" not in str(error.value) and "library" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_number_of_steps(loss):
+    with pytest.raises(InputError, match=f"{loss} after 7 rounds"):
+        common.check_finite(torch.tensor(loss), 7, "rounds")
+    common.check_finite(torch.tensor(-3e38), 7)
+
+
+def test_run_leaves_no_process_group_behind(monkeypatch, tmp_path):
+    groups = []
+
+    def main(config):
+        """Train."""
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        groups.append((torch.distributed.is_initialized(), config))
+
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--n", "3"])
+    common.run(main, Flags)
+    assert groups == [(True, Flags(n=3))] and not torch.distributed.is_initialized()
+
+
+@dataclasses.dataclass
+class Flags:
+    """Of a script."""
+
+    n: int = 1
+    """A number."""
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -73,24 +178,25 @@ def test_each_line_of_a_text_file_is_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_rows_come_from_a_saved_data_set_and_its_split(split, tmp_path):
+def test_rows_come_from_a_saved_dataset_and_its_split(split, tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "both")
     assert list(common.load_rows(tmp_path / "one", split)) == ROWS
     assert list(common.load_rows(tmp_path / "both", split)) == ROWS[:1 if split == "test" else 2]
 
 
-def test_a_folder_of_files_is_a_data_set(tmp_path):
+def test_a_folder_of_files_is_a_dataset_with_their_splits(tmp_path):
     WRITE[".jsonl"](tmp_path / "train.jsonl")
-    assert list(common.load_rows(tmp_path)) == ROWS
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[1]))
+    assert list(common.load_rows(tmp_path)) == ROWS and list(common.load_rows(tmp_path, "test")) == ROWS[1:]
 
 
-@pytest.mark.parametrize("name, told", [("data.xls", "unknown kind '.xls'"), ("absent.jsonl", "does not exist"),
-                                        ("broken.jsonl", "broken.jsonl"), ("nobody/nothing", "nobody/nothing")])
-def test_what_is_no_data_set_is_told_in_one_sentence(name, told, tmp_path):
+@pytest.mark.parametrize("name, named", [("data.xls", "data.xls.*'.xls'"), ("absent.jsonl", "absent.jsonl does not exist"),
+                                         ("broken.jsonl", "broken.jsonl"), ("nobody/nothing", "nobody/nothing")])
+def test_an_unreadable_dataset_is_an_error_of_one_line_with_its_name(name, named, tmp_path):
     (tmp_path / "data.xls").touch()
     (tmp_path / "broken.jsonl").write_text("{")
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=named) as error:
         common.load_rows(tmp_path / name if "." in name else name)
     assert "\n" not in str(error.value)
 
@@ -132,31 +238,38 @@ def test_prompts_are_chats_whose_last_answer_is_left_off(column, prompts):
     assert prompts([{column: [user, assistant, user]}])[0]["input_ids"] == [1, 4, 3, 5, 1, 4, EOS]
 
 
-def test_prompts_are_cut_to_their_first_tokens(prompts):
+def test_prompts_are_truncated_to_their_first_tokens(prompts):
     assert prompts([{"query": "w4 w5 w6"}], max_length=2) == [{"query": "w4 w5", "input_ids": [4, 5]}]
+    assert prompts([{"query": "w4 w5 w6"}], max_length=2, longest=2)[0]["input_ids"] == [4, 5]
 
 
-def test_other_columns_are_kept_where_wished(prompts):
-    rows = [{"query": "w4", "answer": 7}]
-    assert "answer" not in prompts(rows)[0] and prompts(rows, keep_columns=True)[0]["answer"] == 7
+def test_other_columns_are_kept_on_request_and_the_query_is_what_the_model_reads(prompts):
+    rows = [{"query": "w4 w5", "answer": 7}]
+    assert prompts(rows) == [{"query": "w4 w5", "input_ids": [4, 5]}]
+    assert prompts(rows, keep_columns=True, max_length=1) == [{"query": "w4", "input_ids": [4], "answer": 7}]
 
 
-@pytest.mark.parametrize("rows, arguments, told", [
-    ([{"title": "w4"}], {}, r"\['title'\].*rename"), ([{"query": "w4"}, {"query": ""}], {}, "row 1: query is empty"),
-    ([{"query": "w4"}, {"query": None}], {}, "row 1: query is empty"),
-    ([{"query": "w4 w5 w6"}], {"longest": 2}, "row 0: 3 tokens.*--max-query-length")])
-def test_a_prompt_that_can_not_be_answered_is_told_by_row(rows, arguments, told, prompts):
-    with pytest.raises(InputError, match=told):
+@pytest.mark.parametrize("rows, arguments, named", [
+    ([{"title": "w4"}], {}, r"\['title'\]"), ([{"query": "w4"}, {"query": ""}], {}, "row 1: query"),
+    ([{"query": "w4"}, {"query": None}], {}, "row 1: query"), ([{"prompt": []}], {}, "row 0: prompt"),
+    ([{"query": "w4"}, {"query": "w4 w5 w6"}], {"longest": 2}, "row 1: 3 tokens.* 2;"),
+    ([{"query": "w4"}, {"query": 7}], {}, "query")])
+def test_a_prompt_that_can_not_be_answered_is_an_error_with_its_row(rows, arguments, named, prompts):
+    with pytest.raises(InputError, match=named):
         prompts(rows, **arguments)
+
+
+def test_a_prompt_of_the_longest_length_is_answered(prompts):
+    assert prompts([{"query": "w4 w5"}], longest=2)[0]["input_ids"] == [4, 5]
 
 
 # ------------------------------------------------------------------------------------------------ rewards
 @pytest.fixture
 def classifier(tmp_path, make_tokenizer):
     """classifier(labels) -> the folder of a random classifier, and the classifier."""
-    def make(labels, **attributes):
+    def make(labels, n_positions=16, **attributes):
         config = GPT2Config(
-            vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2, pad_token_id=PAD,
+            vocab_size=VOCAB, n_positions=n_positions, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2, pad_token_id=PAD,
             id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
         model = GPT2ForSequenceClassification(config).eval()
         model.save_pretrained(tmp_path / "classifier")
@@ -177,8 +290,25 @@ def test_a_score_is_the_logit_of_the_only_label_whatever_else_is_scored(attribut
     assert all(score.dim() == 0 for score in scores) and len(set(want)) == 3
 
 
-def test_a_text_too_long_for_the_classifier_is_cut(classifier):
-    assert torch.isfinite(common.load_reward(classifier(["score"])[0])([" ".join(["w5"] * 40)])[0])
+@pytest.mark.parametrize("positions, limit", [(16, 64), (32, 16)], ids=["of the model", "of the tokenizer"])
+def test_of_a_text_too_long_for_the_classifier_the_end_is_scored(positions, limit, classifier):
+    """The response is at the end: of 40 tokens the last 16 count."""
+    folder, model = classifier(["score"], n_positions=positions, model_max_length=limit)
+    words = [f"w{4 + i}" for i in range(40)]
+    with torch.no_grad():
+        want = model(torch.tensor([[int(word[1:]) for word in words[-16:]]])).logits[0, 0].item()
+    score = common.load_reward(folder)
+    assert score([" ".join(words), "w5"])[0].item() == pytest.approx(want, abs=1e-5)
+    assert score([" ".join(words[-16:])])[0].item() == pytest.approx(want, abs=1e-5)
+
+
+def test_a_long_list_is_scored_in_its_order(classifier):
+    folder, model = classifier(["score"])
+    ids = [[4 + i % 96, 4 + i // 96] for i in range(130)]
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits[:, 0]
+    scores = common.load_reward(folder)([" ".join(f"w{i}" for i in row) for row in ids])
+    torch.testing.assert_close(torch.stack(scores), want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("label, column", [("bad", 0), ("good", 1), ("1", 1)])
@@ -189,10 +319,9 @@ def test_a_score_is_the_logit_of_the_chosen_label(label, column, classifier):
     assert common.load_reward(folder, label)(["w5 w6"])[0].item() == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize("label, told", [
-    (None, "2 labels.*--reward-label.*bad, good"), ("great", "'great' is none of bad, good")])
-def test_a_label_has_to_be_chosen_among_those_there_are(label, told, classifier):
-    with pytest.raises(InputError, match=told):
+@pytest.mark.parametrize("label, named", [(None, "2 labels.*--reward-label.*bad, good"), ("great", "'great'.*bad, good")])
+def test_a_label_has_to_be_one_of_the_classifier_s(label, named, classifier):
+    with pytest.raises(InputError, match=named):
         common.load_reward(classifier(["bad", "good"])[0], label)
 
 
@@ -206,18 +335,25 @@ def test_a_reward_is_any_function_of_texts(tmp_path):
     assert [score.item() for score in scores] == [1, 3] and scores[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("function, told", [
-    ("few", "1 scores for 2 texts"), ("sick", "failed on 2 texts.*'a'.*division by zero.*mine.py:8"),
-    ("absent", "can't be loaded.*absent")])
-def test_a_reward_that_fails_is_told_in_one_sentence(function, told, tmp_path):
+@pytest.mark.parametrize("function, named", [
+    ("few", "mine.py:few.* 1 scores for 2 texts"), ("sick", "mine.py:sick.* 2 texts.*'a'.*division by zero.*mine.py:8"),
+    ("absent", "mine.py:absent.*KeyError")])
+def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, named, tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=named) as error:
         common.load_reward(f"{tmp_path}/mine.py:{function}")(["a", "b"])
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_reward_is_told(tmp_path):
-    with pytest.raises(InputError, match="neither file.py:function nor a sequence classifier"):
+@pytest.mark.parametrize("numbers", ["torch.arange(2.)", "[torch.tensor([0.]), 1]", "(i for i in range(2))"])
+def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
+    (tmp_path / "mine.py").write_text(f"import torch\ndef f(texts):\n    return {numbers}\n")
+    scores = common.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
+    assert [score.item() for score in scores] == [0, 1] and all(score.dim() == 0 for score in scores)
+
+
+def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
         common.load_reward(str(tmp_path / "nothing"))
 
 
@@ -226,12 +362,22 @@ def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
     for n in (9, 10, 2):
         (tmp_path / f"checkpoint-{n}").mkdir()
     assert common.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert common.newest_checkpoint(tmp_path / "checkpoint-2").name == "checkpoint-2"
-    with pytest.raises(InputError, match="no checkpoint"):
+    assert common.newest_checkpoint(str(tmp_path / "checkpoint-2")).name == "checkpoint-2"
+    with pytest.raises(InputError, match="elsewhere"):
         common.newest_checkpoint(tmp_path / "elsewhere")
 
 
-def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
+def test_a_checkpoint_without_the_file_that_is_written_last_is_passed_over(tmp_path):
+    for n in (9, 10):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    (tmp_path / "checkpoint-9" / "done").touch()
+    assert common.newest_checkpoint(tmp_path, "done").name == "checkpoint-9"
+    (tmp_path / "checkpoint-9" / "done").unlink()
+    with pytest.raises(InputError, match=str(tmp_path)):
+        common.newest_checkpoint(tmp_path, "done")
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_with_them(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step, rows in ((0, (1, 2, 3)), (2, (3, 4))):
         log = common.MetricsFile(path, step)
@@ -242,24 +388,219 @@ def test_metrics_after_the_checkpoint_are_written_anew(tmp_path):
         {"update": u, "from": f} for u, f in ((1, 0), (2, 0), (3, 2), (4, 2))]
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+def test_a_fresh_run_begins_metrics_of_its_own(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 0}\n')
+    common.MetricsFile(tmp_path / "metrics.jsonl", 0).write({"update": 1})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"update": 1}\n'
+
+
+def test_an_output_folder_is_made_and_one_that_can_not_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     common.writable_folder(tmp_path / "new" / "folder", fresh=True)
     assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
-    with pytest.raises(InputError, match="can't be written"):
+    with pytest.raises(InputError, match="file/folder"):
         common.writable_folder(tmp_path / "file" / "folder", fresh=True)
 
 
 def test_a_fresh_run_never_writes_over_the_checkpoints_of_another(tmp_path):
+    (tmp_path / "checkpoint-70").mkdir()
     (tmp_path / "samples.jsonl").touch()
-    common.writable_folder(tmp_path, fresh=True)
-    assert not list(tmp_path.iterdir())                  # samples are appended to: those of an earlier run go
-    for kept in ("checkpoint-70", "samples.jsonl"):
-        (tmp_path / kept).mkdir()
-    common.writable_folder(tmp_path, fresh=False)
-    with pytest.raises(InputError, match="holds checkpoint-70 of an earlier run: resume from it, or choose another"):
+    with pytest.raises(InputError, match=f"{tmp_path}.*checkpoint-70.*--output-dir"):
         common.writable_folder(tmp_path, fresh=True)
-    assert len(list(tmp_path.iterdir())) == 2
+    common.writable_folder(tmp_path, fresh=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-70", "samples.jsonl"}
+
+
+@pytest.mark.parametrize("rank, fresh, kept", [(None, True, False), ("0", True, False), ("1", True, True), ("0", False, True)])
+def test_the_main_rank_of_a_fresh_run_removes_the_samples_of_an_earlier_one(rank, fresh, kept, tmp_path, monkeypatch):
+    """Samples are appended to the file; another rank must not remove what the main one has written by then."""
+    (tmp_path / "samples.jsonl").touch()
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    common.writable_folder(tmp_path, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"] * kept
+
+
+def test_a_model_card_has_the_sources_and_the_metrics_but_no_timings(tmp_path):
+    metrics = {"eval_loss": 0.123456, "eval_runtime": 3.0, "eval_samples_per_second": 9.0, "eval_steps_per_second": 2.0,
+               "step": 7, "table": [1]}
+    for model in (None, "my/model"):
+        common.write_model_card(tmp_path, "A reward model", types.SimpleNamespace(model_name=model), {"pairs": "p.jsonl"}, metrics)
+        card = (tmp_path / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers\n---\n") and f"# {tmp_path.name}\n" in card
+        assert "A reward model" in card and f"model `{model or 'toy'}`" in card and "pairs `p.jsonl`" in card
+        assert [line for line in card.splitlines() if line.startswith("| ")][1:] == ["| eval_loss | 0.1235 |"]
+
+
+# ------------------------------------------------------------------------------------------- of transformers.Trainer
+class Rows(torch.utils.data.Dataset):
+    """Eight rows of six tokens."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        ids = torch.arange(6) + 4 + i
+        return {"input_ids": ids, "labels": ids}
+
+
+class CountEvaluations(TrainerCallback):
+    evaluations = 0
+
+    def on_evaluate(self, *args, **kwargs):
+        self.evaluations += 1
+
+
+def train(model, folder, resume=None, **arguments):
+    """Train for two epochs of two steps, with evaluation and checkpoint after each epoch -> the Trainer."""
+    fields = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_strategy": "epoch",
+              "save_strategy": "epoch", "report_to": "none", "use_cpu": True, **arguments}
+    trainer = Trainer(model, TrainingArguments(str(folder), **fields), train_dataset=Rows(), eval_dataset=Rows(),
+                      callbacks=[common.Journal(folder), CountEvaluations()])
+    trainer.remove_callback(ProgressCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def evaluations(trainer):
+    return next(c.evaluations for c in trainer.callback_handler.callbacks if isinstance(c, CountEvaluations))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """-> a Trainer that has finished, its folder, and what it wrote to stdout and stderr."""
+    folder, out, err = tmp_path_factory.mktemp("finished"), io.StringIO(), io.StringIO()
+    common.set_seed(0)
+    with redirect_stdout(out), redirect_stderr(err):
+        trainer = train(hf_model("gpt2"), folder)
+    return trainer, folder, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path):
+    """-> a copy of the finished run's folder."""
+    return Path(shutil.copytree(finished[1], tmp_path / "run"))
+
+
+def test_a_journal_has_a_line_for_each_log_a_bar_and_each_evaluation_in_words(finished):
+    trainer, folder, out, err = finished
+    rows = lines(folder)
+    assert [row["update"] for row in rows] == [1, 2, 2, 3, 4, 4, 4]
+    assert [name for row in rows for name in row if name in ("loss", "eval_loss", "train_loss")] == [
+        "loss", "loss", "eval_loss", "loss", "loss", "eval_loss", "train_loss"]
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert [row["loss"] for row in rows if "loss" in row] == logged
+    assert "4/4" in err and f"loss={logged[-1]:.4f}" in err
+    told = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert [line.split(":")[0] for line in told] == ["epoch 1.00", "epoch 2.00"]
+    assert f"eval_loss {rows[5]['eval_loss']:.4g}" in told[1] and "runtime" not in out and "per_second" not in out
+
+
+def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_model, capsys):
+    before = lines(run_folder)
+    train(make_hf_model("gpt2"), run_folder, resume=str(run_folder / "checkpoint-2"))
+    after = lines(run_folder)
+    assert [row["update"] for row in after] == [1, 2, 2, 3, 4, 4, 4]
+    assert after[:3] == before[:3] and [row.get("loss") for row in after] == [row.get("loss") for row in before]
+    assert "2/4" in capsys.readouterr().err  # the bar begins where the run was
+
+
+def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):
+    journal, state = common.Journal(tmp_path), TrainerState(max_steps=2, is_world_process_zero=False)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for event, more in (("train_begin", {}), ("step_end", {}), ("log", {"logs": {"loss": 1.0}}),
+                        ("evaluate", {"metrics": {"eval_loss": 1.0}}), ("train_end", {})):
+        getattr(journal, f"on_{event}")(args, state, TrainerControl(), **more)
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+def test_the_last_evaluation_is_not_made_twice(finished):
+    trainer, folder, _, _ = finished
+    assert evaluations(trainer) == 2
+    last = common.last_evaluation(trainer)
+    assert evaluations(trainer) == 2 and last["eval_loss"] == lines(folder)[5]["eval_loss"]
+
+
+@pytest.mark.parametrize("arguments", [{"eval_strategy": "no"}, {"load_best_model_at_end": True}], ids=["none", "best"])
+def test_weights_that_were_not_evaluated_are_evaluated_at_the_end(arguments, make_hf_model, tmp_path):
+    """After a run without evaluations, and where other weights than the last ones were loaded."""
+    trainer = train(make_hf_model("gpt2"), tmp_path, disable_tqdm=True, **arguments)
+    before = evaluations(trainer)
+    last = common.last_evaluation(trainer)
+    assert evaluations(trainer) == before + 1 and last["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def halve(file):
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_with_half_a_file_is_an_error_with_its_name(file, run_folder):
+    assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
+    halve(run_folder / "checkpoint-4" / file)
+    with pytest.raises(InputError, match="checkpoint-4") as error:
+        common.trainer_checkpoint(run_folder)
+    assert "\n" not in str(error.value)
+    assert common.trainer_checkpoint(run_folder / "checkpoint-2") == str(run_folder / "checkpoint-2")
+
+
+def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_passed_over(run_folder):
+    (run_folder / "checkpoint-2" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="checkpoint-2"):
+        common.trainer_checkpoint(run_folder / "checkpoint-2")
+    (run_folder / "checkpoint-9").mkdir()
+    assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
+
+
+# ------------------------------------------------------------------------------------------- log-probabilities, dropout
+def test_log_probabilities_of_three_words_by_hand():
+    """Odds 1 : 2 : 5."""
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
+    for label, p in enumerate((1 / 8, 2 / 8, 5 / 8)):
+        assert common.logprobs_from_logits(logits, torch.tensor([label])).item() == pytest.approx(np.log(p), abs=1e-6)
+    assert common.logprobs_from_logits(logits, None, gather=False)[0].exp().tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shape", [(3,), (130,), (2, 65), (2, 3, 30)], ids=str)
+def test_log_probabilities_and_their_gradient_are_those_of_the_cross_entropy(shape, temperature):
+    """Of each row, however many there are; rows under a mask of zeros have no gradient."""
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(*shape, 11, generator=draw) * 3, torch.randint(11, shape, generator=draw)
+    weight = torch.randn(shape, generator=draw) * (torch.rand(shape, generator=draw) > 0.3)
+    ours, plain = (logits.clone().requires_grad_() for _ in range(2))
+    found = common.logprobs_from_logits(ours / temperature, labels)
+    want = -F.cross_entropy((plain / temperature).flatten(0, -2), labels.flatten(), reduction="none").view(shape)
+    (found * weight).sum().backward()
+    (want * weight).sum().backward()
+    # a difference of two float32 numbers below 30: some units in the last place, 1e-6 each
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=0)
+    assert ours.grad[weight == 0].abs().max() == 0 if (weight == 0).any() else True
+    torch.testing.assert_close(common.logprobs_from_logits(logits, labels, gather=False), logits.log_softmax(-1))
+
+
+def test_log_probabilities_of_half_precision_logits_are_computed_in_float32():
+    logits = (torch.randn(70, 50) * 3).bfloat16().requires_grad_()
+    labels = torch.randint(50, (70,))
+    found = common.logprobs_from_logits(logits, labels)
+    assert found.dtype == torch.float32 and common.logprobs_from_logits(logits, labels, gather=False).dtype == torch.float32
+    torch.testing.assert_close(found, logits.float().log_softmax(-1)[torch.arange(70), labels], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arch, changes", [*((arch, {}) for arch in ARCHITECTURES), ("bart", {"decoder_layerdrop": 0.5})],
+                         ids=lambda value: "layerdrop" if value else "" if value == {} else value)
+def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mode(arch, changes, make_model):
+    model = make_model(arch, lora="trained", **changes).train()
+    logits = lambda: model(**example(arch))[0].detach()
+    assert not torch.equal(logits(), logits())
+    common.disable_dropout(model)
+    assert model.training and torch.equal(logits(), logits())
+    torch.testing.assert_close(logits(), outputs(model, arch)[0], atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- models with a value head
@@ -275,13 +616,65 @@ def test_logits_are_the_bare_model_s_and_values_read_its_last_hidden_state(arch,
     torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [None, "trained"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_selected_tokens_have_the_numbers_of_the_full_forward(arch, lora, make_model):
-    model = make_model(arch, lora=lora)
-    select = torch.tensor([[True, False, True, True, False], [False, True, False, False, False]])
-    for full, some in zip(outputs(model, arch), outputs(model, arch, select=select)):
-        torch.testing.assert_close(some, full[select], atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
+def test_gradients_are_plain_autograd_s(arch, lora, checkpointing, make_model):
+    """Of a loss on logits and values: the body learns from both, with activations recomputed or not."""
+    model = make_model(arch, lora=lora).train()
+    common.disable_dropout(model)
+    weights = torch.randn(2, 5, generator=torch.Generator().manual_seed(3))
+
+    def gradients(logits, values):
+        model.zero_grad()
+        ((logits.log_softmax(-1)[..., 7] + values ** 2) * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    bare = model.pretrained_model(**example(arch), output_hidden_states=True)
+    last = (bare.decoder_hidden_states if arch in SEQ2SEQ else bare.hidden_states)[-1]
+    want = gradients(bare.logits, last @ model.v_head.summary.weight[0] + model.v_head.summary.bias)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    logits, _, values = model(**example(arch))
+    found = gradients(logits, values)
+    assert set(found) == set(want) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in want.items():
+        # sums of a few hundred float32 products; a gradient that ends at the head would miss whole terms
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_logits_and_values_are_float32_where_the_body_computes_in_bfloat16(how, make_model):
+    model = make_model().eval()
+    if how == "weights":
+        model.pretrained_model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.no_grad():
+        last = model.pretrained_model(**example(), output_hidden_states=True).hidden_states[-1].float()
+        logits, _, values = model(**example())
+    assert logits.dtype == values.dtype == torch.float32
+    want = last @ model.v_head.summary.weight[0] + model.v_head.summary.bias  # a product in bfloat16 is 1e-2 off
+    torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_s_dropout_is_drawn_in_train_mode_alone(make_hf_model):
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(make_hf_model("gpt2"), summary_dropout_prob=0.5)
+    torch.nn.init.normal_(model.v_head.summary.weight)
+    model.pretrained_model.eval()
+    values = lambda: model(**example())[2].detach()
+    model.v_head.train()
+    assert not torch.equal(values(), values())
+    model.v_head.eval()
+    assert torch.equal(values(), values())
+
+
+def test_a_cache_of_past_keys_gives_the_numbers_of_the_whole_row(make_model):
+    model, ids = make_model("llama").eval(), example()["input_ids"][:1]
+    with torch.no_grad():
+        whole, _, values = model(ids)
+        past = model.pretrained_model(ids[:, :3], use_cache=True).past_key_values
+        logits, _, some = model(ids[:, 3:], past_key_values=past)
+    torch.testing.assert_close(logits, whole[:, 3:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some, values[:, 3:], atol=1e-5, rtol=1e-5)
 
 
 def test_labels_give_the_loss_of_the_language_model(make_model):
@@ -303,8 +696,7 @@ def test_generate_is_the_language_model_s_own(arch, make_model):
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
-def test_a_plain_model_s_folder_opens_and_the_missing_head_is_told(arch, make_hf_model, tmp_path):
-    """P25: a random head, and a line in the log."""
+def test_a_plain_model_s_folder_opens_with_a_head_of_zeros_and_a_warning(arch, make_hf_model, tmp_path):
     model = make_hf_model(arch)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no value head"):
@@ -314,7 +706,7 @@ def test_a_plain_model_s_folder_opens_and_the_missing_head_is_told(arch, make_hf
         wrapper_of(arch).from_pretrained(tmp_path, require_v_head=True)
 
 
-def test_a_new_head_that_was_expected_is_not_told(make_hf_model, tmp_path, recwarn):
+def test_a_new_head_that_was_expected_is_no_warning(make_hf_model, tmp_path, recwarn):
     make_hf_model("gpt2").save_pretrained(tmp_path)
     AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=False)
     assert not [warning for warning in recwarn if "value head" in str(warning.message)]
@@ -323,15 +715,24 @@ def test_a_new_head_that_was_expected_is_not_told(make_hf_model, tmp_path, recwa
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_saved_folder_opens_as_this_class_and_as_the_plain_one(arch, sharded, make_model, tmp_path):
-    """P23: the head of a sharded folder was looked for on the hub."""
     model, folder = make_model(arch), tmp_path / "new" / "folder"
     model.save_pretrained(folder, **({"max_shard_size": "20KB"} if sharded else {}))
     assert len(list(folder.glob("model-0*"))) > 1 if sharded else (folder / "model.safetensors").exists()
     same_model(wrapper_of(arch).from_pretrained(folder, require_v_head=True), model, arch)
-    plain, told = plain_of(arch).from_pretrained(folder, output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    plain, report = plain_of(arch).from_pretrained(folder, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(**example(arch)).logits, outputs(model, arch)[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "pretrained_model."])
+def test_a_state_dict_that_was_gathered_before_is_what_is_saved(prefix, make_model, tmp_path):
+    """With sharded weights the model itself holds only a part of them, under its modules' names."""
+    model, other = make_model(), make_model(seed=5)
+    torch.nn.init.constant_(other.v_head.summary.bias, 0.7)
+    gathered = {name if name.startswith("v_head.") else prefix + name: p for name, p in other.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    same_model(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=True), other)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
@@ -398,7 +799,7 @@ def test_a_model_without_a_language_modelling_head_is_refused(arch, make_hf_mode
         wrapper_of(arch).from_pretrained(model.encoder if arch == "t5" else model.base_model)
 
 
-def test_names_that_code_for_trl_reads():
+def test_the_class_attributes_of_trl_0_7_are_there():
     assert AutoModelForCausalLMWithValueHead.transformers_parent_class is AutoModelForCausalLM
     assert AutoModelForSeq2SeqLMWithValueHead.transformers_parent_class is AutoModelForSeq2SeqLM
     assert "lm_head" in AutoModelForCausalLMWithValueHead.lm_head_namings
@@ -413,16 +814,16 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(make_model, monkeypatch
             calls.append(("token", token))
 
         def create_repo(self, repo_id, **kwargs):
-            calls.append((repo_id, kwargs["private"]))
+            calls.append((repo_id, kwargs["private"], kwargs["exist_ok"]))
 
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            calls.append((repo_id, {file.name for file in Path(folder_path).iterdir()}))
+        def upload_folder(self, repo_id, folder_path, commit_message=None, **kwargs):
+            calls.append((repo_id, commit_message, {file.name for file in Path(folder_path).iterdir()}))
             return "done"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
-    assert make_model().push_to_hub("me/it", private=True, token="t") == "done"
-    token, repository, (repo_id, files) = calls
-    assert token == ("token", "t") and repository == ("me/it", True) and repo_id == "me/it"
+    assert make_model().push_to_hub("me/it", commit_message="best", private=True, token="t") == "done"
+    assert calls[:2] == [("token", "t"), ("me/it", True, True)] and calls[2][:2] == ("me/it", "best")
+    files = calls[2][2]
     assert {"model.safetensors", "config.json", "value_head.safetensors"} <= files
 
 
@@ -438,7 +839,6 @@ def adapter(make_model, tmp_path):
 
 
 def test_an_adapter_s_folder_holds_the_adapter_and_the_head_alone(adapter):
-    """P22: the head was written before the folder was there."""
     folder, model = adapter
     assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= set(os.listdir(folder))
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
@@ -520,6 +920,7 @@ def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alon
     assert not any("reward" in name or "score" in name for name in trainable)
     model.save_pretrained(tmp_path / "out")
     assert not any("score" in name for file in (tmp_path / "out").rglob("*.safetensors") for name in load_file(file))
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())  # the reward's adapter has its own folder
 
 
 def test_a_reward_adapter_needs_a_policy_with_one(rewarder):
@@ -527,8 +928,74 @@ def test_a_reward_adapter_needs_a_policy_with_one(rewarder):
         AutoModelForCausalLMWithValueHead.from_pretrained(rewarder[0], reward_adapter=rewarder[1], require_v_head=False)
 
 
-WITHOUT_PEFT = """
-import sys
+def test_a_reward_adapter_needs_a_score(rewarder, tmp_path):
+    """An adapter of a language model has none."""
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(rewarder[0]), config).save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="reward_adapter .*policy"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            rewarder[0], peft_config=config, reward_adapter=tmp_path / "policy", require_v_head=False)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_language_model_is_loaded_by_its_kind_with_its_tokenizer_and_dtype(arch, make_hf_model, make_tokenizer, tmp_path):
+    model = make_hf_model(arch)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer, loaded = common.load_language_model(str(tmp_path), "bfloat16")
+    assert type(loaded) is type(model) and loaded.dtype == torch.bfloat16 and len(tokenizer) == VOCAB
+    with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
+        common.load_language_model(str(tmp_path / "nothing"), "float32")
+
+
+def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(adapter, make_tokenizer):
+    folder, model = adapter
+    make_tokenizer().save_pretrained(folder)
+    _, loaded = common.load_language_model(str(folder), "float32")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("pad, eos, padded_with", [("<pad>", "</s>", "<pad>"), (None, "</s>", "</s>"), (None, None, None)])
+def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(pad, eos, padded_with, make_tokenizer, tmp_path):
+    make_tokenizer(pad_token=pad, eos_token=eos).save_pretrained(tmp_path)
+    if padded_with is None:
+        with pytest.raises(InputError, match=f"{tmp_path}.*pad_token"):
+            common.load_tokenizer(str(tmp_path))
+    else:
+        tokenizer = common.load_tokenizer(str(tmp_path))
+        assert tokenizer.pad_token == padded_with and tokenizer.eos_token == eos
+        assert tokenizer(["w4", "w5 w6"], padding=True).input_ids[0][1] == {"<pad>": PAD, "</s>": EOS}[padded_with]
+
+
+def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_none(make_hf_model):
+    assert common.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16), "CAUSAL_LM") is None
+    config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
+    model = common.with_adapter(make_hf_model("llama"), config, seed=0)
+    adapted = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    assert layer.lora_A["default"].weight.shape[0] == 3 and layer.scaling["default"] == 12 / 3
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_equal_seeds_draw_equal_adapters_and_a_second_one_is_refused(make_hf_model):
+    def adapted(seed):
+        torch.rand(seed + 1)  # whatever was drawn before
+        config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
+        model = common.with_adapter(make_hf_model("llama"), config, seed)
+        return model, config, torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    (model, config, a), (_, _, b), (_, _, c) = adapted(1), adapted(1), adapted(2)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    with pytest.raises(InputError, match="peft_config"):
+        common.with_adapter(model, config, 1)
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import resource, sys
 
 class Without:
     def __init__(self, finder):
@@ -539,13 +1006,22 @@ class Without:
         return None if name.split(".")[0] == "peft" else self.finder.find_spec(name, *args)
 
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
-import torch
+import common, torch
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+common.keep_freed_memory()
+torch.ones(2**24)
+before = faults()
+for _ in range(10):
+    torch.ones(2**24)
+print(faults() - before)
+
 from common import TOY, AutoModelForCausalLMWithValueHead
-from ppo import PPOConfig, PPOTrainer, load_policy
+from ppo import PPOConfig, PPOTrainer, main
+from transformers import AutoTokenizer
 
 config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1)
-tokenizer, model = load_policy(config)
-trainer = PPOTrainer(config, model, None, tokenizer)
+model = AutoModelForCausalLMWithValueHead.from_pretrained(TOY / "model", require_v_head=False)
+trainer = PPOTrainer(config, model, None, AutoTokenizer.from_pretrained(TOY / "model"))
 queries = [torch.tensor([5, 6, 7]), torch.tensor([8, 9])]
 responses = trainer.generate(queries, return_prompt=False, do_sample=True, max_new_tokens=4)
 trainer.step(queries, responses, [torch.tensor(1.0), torch.tensor(0.0)])
@@ -553,39 +1029,58 @@ trainer.save_pretrained(sys.argv[1])
 AutoModelForCausalLMWithValueHead.from_pretrained(sys.argv[1], require_v_head=True)
 assert "peft" not in sys.modules
 try:
-    load_policy(PPOConfig(lora_r=4))
+    main(PPOConfig(lora_r=4, output_dir=sys.argv[1] + "/lora"))
 except ValueError as error:
     assert "peft" in str(error)
     print("fine")
 """
 
 
-def test_without_peft_all_but_adapters_works(tmp_path):
-    command = [sys.executable, "-c", WITHOUT_PEFT, str(tmp_path)]
+@pytest.fixture(scope="module")
+def own_process(tmp_path_factory):
+    """-> the two lines that the code above prints."""
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, str(tmp_path_factory.mktemp("own"))]
     done = subprocess.run(command, cwd=common.TOY.parent, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("fine"), done.stderr
+    return [*done.stdout.split("\n"), "", ""][:2], done.stderr
+
+
+def test_without_peft_everything_but_adapters_works(own_process):
+    assert own_process[0][1] == "fine", own_process[1]
+
+
+def test_freed_memory_is_kept_for_the_next_tensor(own_process):
+    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one, for each of the ten tensors. (The
+    heap may have to grow once or twice more, when something small has settled in the gap.)"""
+    assert sys.platform != "linux" or int(own_process[0][0]) < 5 * 16384
 
 
 # ------------------------------------------------------------------------------------------------ reference models
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("shared", [None, 0, 1])
-def test_a_reference_model_computes_the_same_shares_what_it_should_and_is_frozen(shared, arch, make_model):
-    """P21: layers that were said to be shared were copied."""
+def test_a_reference_is_a_frozen_copy_that_shares_the_layers_below_a_number(shared, arch, make_model):
     if arch == "bart" and shared:
         shared = 0  # it has but one layer
-    model = make_model(arch)
+    model = make_model(arch).train()
     reference = common.create_reference_model(model, shared)
+    assert not reference.training and model.training
     same_model(model, reference, arch)
     parameters, copies = dict(model.named_parameters()), dict(reference.named_parameters())
     common_storage = {name for name in parameters if parameters[name].data_ptr() == copies[name].data_ptr()}
-    last = {"gpt2": "h.1.", "t5": "decoder.block.1.", "bart": "decoder.layers.0."}.get(arch, "model.layers.1.")
-    assert not any(last in name or "v_head" in name for name in common_storage)
-    assert bool(common_storage) == (shared is not None)
+    layers = {"gpt2": ["h.0.", "h.1."], "t5": ["decoder.block.0.", "decoder.block.1."], "bart": ["decoder.layers.0."]}
+    layers = layers.get(arch, ["model.layers.0.", "model.layers.1."])
+    want = {name for name in parameters if any(layer in name for layer in layers[:shared or 0])}
+    assert want == {name for name in common_storage if any(layer in name for layer in layers)}
+    assert not any("v_head" in name for name in common_storage) and bool(common_storage) == (shared is not None)
+    if shared is not None:  # embeddings and the encoder are below all of the decoder's layers
+        assert any("embed" in name or "wte" in name or "shared" in name for name in common_storage)
+        assert all(name in common_storage for name in parameters if ".encoder.block." in name or ".encoder.layers." in name)
     assert all(p.requires_grad == (name not in common_storage) for name, p in parameters.items())
-    assert not reference.training and not any(p.requires_grad for p in copies.values())
+    assert not any(p.requires_grad for p in copies.values())
     with torch.no_grad():  # what is not shared is a copy
-        model.v_head.summary.bias.add_(1)
-    assert not torch.equal(outputs(model, arch)[1], outputs(reference, arch)[1])
+        for name, p in parameters.items():
+            if name not in common_storage:
+                p.add_(1)
+                assert not torch.equal(p, copies[name])
 
 
 def test_the_pattern_of_layers_may_be_given_and_must_fit(make_hf_model):
@@ -596,20 +1091,3 @@ def test_the_pattern_of_layers_may_be_given_and_must_fit(make_hf_model):
     for wrong in ({"num_shared_layers": 9}, {"num_shared_layers": 1, "pattern": "layers.{layer}"}):
         with pytest.raises(ValueError, match="num_shared_layers"):
             common.create_reference_model(model, **wrong)
-
-
-def test_freed_memory_is_kept_for_the_next_tensor():
-    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one, for each of the ten tensors. (The
-    heap may have to grow once or twice more, when something small has settled in the gap.)"""
-    code = ("import resource, torch, common; common.keep_freed_memory(); torch.ones(2**24)\n"
-            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "before = faults()\nfor _ in range(10): torch.ones(2**24)\nprint(faults() - before)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(common.__file__).parent)
-    assert done.returncode == 0, done.stderr
-    assert sys.platform != "linux" or int(done.stdout) < 5 * 16384
-
-
-def test_several_gpus_in_one_process_are_refused():
-    """Trainer would split each batch among threads (DataParallel), under which a hook on the logits sees parts of it."""
-    with pytest.raises(common.InputError, match="torchrun --nproc_per_node 4"):
-        common.prepare_process(types.SimpleNamespace(n_gpu=4))
