@@ -1,12 +1,20 @@
-"""What the tests share: no network, no GPU, one thread, and tiny models, tokenizers and batches made in code."""
+"""What the tests share: no network, no GPU, one thread; tiny models, tokenizers and batches."""
+
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-HOME = tempfile.TemporaryDirectory(prefix="hf_home_")  # the libraries' caches: none of the user's is read or written
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=HOME.name, ACCELERATE_USE_CPU="true",
-                  CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+# the libraries' caches: none of the user's is read or written
+HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=HOME.name,
+    ACCELERATE_USE_CPU="true",
+    CUDA_VISIBLE_DEVICES="",
+    OMP_NUM_THREADS="1",
+)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest  # noqa: E402
@@ -31,7 +39,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def clean_slate():
-    """accelerate keeps its state in the process: each test begins without any, with a known seed."""
+    """accelerate keeps its state in the process: each test begins without it, with a known seed."""
     environment = dict(os.environ)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state(*[True] * (state is AcceleratorState))
@@ -43,26 +51,69 @@ def clean_slate():
 
 
 def hf_model(arch, seed=0, **changes):
-    """A random language model of 2 layers of 32 (BART: 1), vocabulary 100, with its usual dropout, and weights large
-    enough for its answers to differ."""
+    """A random language model of 2 layers of 32 (BART: 1), vocabulary 100, with its usual dropout,
+    and weights large enough for its responses to differ."""
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
-             "attention_dropout": 0.1}
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "attention_dropout": 0.1,
+    }
     config = {
-        "gpt2": ("GPT2", {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}),
-        "llama": ("Llama", llama), "qwen3": ("Qwen3", llama), "gemma": ("Gemma", llama),
+        "gpt2": (
+            "GPT2",
+            {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
+        ),
+        "llama": ("Llama", llama),
+        "qwen3": ("Qwen3", llama),
+        "gemma": ("Gemma", llama),
         "mistral": ("Mistral", {**llama, "sliding_window": 32}),
-        "t5": ("T5", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
-                      "decoder_start_token_id": PAD}),
-        "bart": ("Bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-                          "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.2,
-                          "max_position_embeddings": 64, "decoder_start_token_id": EOS, "forced_eos_token_id": None}),
+        "t5": (
+            "T5",
+            {
+                "d_model": 32,
+                "d_kv": 16,
+                "d_ff": 64,
+                "num_layers": 2,
+                "num_heads": 2,
+                "decoder_start_token_id": PAD,
+            },
+        ),
+        "bart": (
+            "Bart",
+            {
+                "d_model": 32,
+                "encoder_layers": 1,
+                "decoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+                "encoder_ffn_dim": 64,
+                "decoder_ffn_dim": 64,
+                "init_std": 0.2,
+                "max_position_embeddings": 64,
+                "decoder_start_token_id": EOS,
+                "forced_eos_token_id": None,
+            },
+        ),
     }
     name, sizes = config[arch]
-    head = "ForConditionalGeneration" if arch in SEQ2SEQ else "LMHeadModel" if arch == "gpt2" else "ForCausalLM"
+    head = (
+        "ForConditionalGeneration"
+        if arch in SEQ2SEQ
+        else "LMHeadModel"
+        if arch == "gpt2"
+        else "ForCausalLM"
+    )
     torch.manual_seed(seed)
-    return getattr(transformers, name + head)(getattr(transformers, name + "Config")(**{**tokens, **sizes, **changes}))
+    return getattr(transformers, name + head)(
+        getattr(transformers, name + "Config")(**{**tokens, **sizes, **changes})
+    )
 
 
 @pytest.fixture
@@ -72,16 +123,23 @@ def make_hf_model():
 
 @pytest.fixture
 def make_model():
-    """make_model("gpt2", seed=0, lora=None or "fresh" or "trained", **changes of the config) -> a model with a value
-    head that is not zero."""
+    """make_model("gpt2", seed=0, lora=None or "fresh" or "trained", **changes of the config) -> a
+    model with a value head that is not zero."""
     def make(arch="gpt2", seed=0, lora=None, **changes):
         kind = "Seq2Seq" if arch in SEQ2SEQ else "Causal"
         auto, config = getattr(common, f"AutoModelFor{kind}LMWithValueHead"), None
         if lora:
             from peft import LoraConfig
-            config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, init_lora_weights=lora == "fresh",
-                                target_modules="all-linear", fan_in_fan_out=arch == "gpt2",
-                                task_type="SEQ_2_SEQ_LM" if arch in SEQ2SEQ else "CAUSAL_LM")
+
+            config = LoraConfig(
+                r=4,
+                lora_alpha=8,
+                lora_dropout=0.3,
+                init_lora_weights=lora == "fresh",
+                target_modules="all-linear",
+                fan_in_fan_out=arch == "gpt2",
+                task_type="SEQ_2_SEQ_LM" if arch in SEQ2SEQ else "CAUSAL_LM",
+            )
         model = auto.from_pretrained(hf_model(arch, seed, **changes), peft_config=config)
         torch.nn.init.normal_(model.v_head.summary.weight, std=0.3)
         torch.nn.init.constant_(model.v_head.summary.bias, 0.1)
@@ -92,12 +150,20 @@ def make_model():
 
 @pytest.fixture
 def make_tokenizer():
-    """make_tokenizer(**attributes) -> 100 words: <pad> 0, <s> 1, </s> 2, <unk> 3, and w4 to w99, split at spaces."""
+    """make_tokenizer(**attributes) -> 100 words: <pad> 0, <s> 1, </s> 2, <unk> 3, w4 to w99."""
+
     def make(**attributes):
         words = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(4, VOCAB)]
-        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        core = Tokenizer(
+            models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        )
         core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        special = {
+            "pad_token": "<pad>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+        }
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=core, **{"model_max_length": 64, **special, **attributes})
 
@@ -111,24 +177,38 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture
 def make_batch():
-    """make_batch(lengths of (query, response), start=None) -> queries, responses, scores for `step`. start: an
-    encoder-decoder's start token, which stands before each response and is not counted."""
+    """make_batch(lengths of (query, response), start=None) -> queries, responses, scores for
+    `step`. start: an encoder-decoder's start token, put before each response and not counted."""
     def make(lengths=ROWS, seed=0, start=None):
         draw = torch.Generator().manual_seed(seed)
         tokens = lambda n: torch.randint(4, VOCAB, (n,), generator=draw)
         first = [] if start is None else [start]
-        queries, responses = zip(*((tokens(q), torch.tensor(first + tokens(r).tolist())) for q, r in lengths))
-        return list(queries), list(responses), list(torch.randn(len(lengths), generator=draw).unbind())
+        queries, responses = zip(
+            *((tokens(q), torch.tensor(first + tokens(r).tolist())) for q, r in lengths)
+        )
+        return (
+            list(queries),
+            list(responses),
+            list(torch.randn(len(lengths), generator=draw).unbind()),
+        )
 
     return make
 
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer):
-    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. By default: a batch of 4 rows
-    in one minibatch, one epoch, learning rate 1e-3."""
+    """make_trainer("gpt2" or a model, **parts of PPOTrainer or PPOConfig) -> PPOTrainer. By default
+    a batch of 4 rows in one minibatch, one epoch, learning rate 1e-3."""
     def make(model="gpt2", **kwargs):
-        names = ("ref_model", "tokenizer", "dataset", "optimizer", "data_collator", "num_shared_layers", "lr_scheduler")
+        names = (
+            "ref_model",
+            "tokenizer",
+            "dataset",
+            "optimizer",
+            "data_collator",
+            "num_shared_layers",
+            "lr_scheduler",
+        )
         parts = {name: kwargs.pop(name) for name in names if name in kwargs}
         sizes = {"batch_size": 4, "ppo_epochs": 1, "learning_rate": 1e-3}
         sizes["mini_batch_size"] = kwargs.get("forward_batch_size") or kwargs.get("batch_size", 4)
@@ -148,4 +228,6 @@ def weights():
 @pytest.fixture
 def moved():
     """moved(before, model) -> names of the parameters that are no longer what they were."""
-    return lambda before, model: {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+    return lambda before, model: {
+        name for name, p in model.named_parameters() if not torch.equal(before[name], p)
+    }

@@ -1,4 +1,4 @@
-"""The command line of the six scripts: each starts here as a user starts it, and most stop where its main would begin.
+"""The command line of the six scripts, each started as a user starts it, up to its main.
 
     python -m pytest -q tests/test_command_line.py
 """
@@ -28,9 +28,22 @@ import reward
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"sft": sft.SFTConfig, "reward": reward.RewardConfig, "ppo": ppo.PPOConfig, "dpo": dpo.DPOConfig,
-           "ddpo": ddpo.DDPOConfig, "iterative_sft": iterative_sft.IterativeSFTConfig}
-MODULES = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "ddpo": ddpo, "iterative_sft": iterative_sft}
+CONFIGS = {
+    "sft": sft.SFTConfig,
+    "reward": reward.RewardConfig,
+    "ppo": ppo.PPOConfig,
+    "dpo": dpo.DPOConfig,
+    "ddpo": ddpo.DDPOConfig,
+    "iterative_sft": iterative_sft.IterativeSFTConfig,
+}
+MODULES = {
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "dpo": dpo,
+    "ddpo": ddpo,
+    "iterative_sft": iterative_sft,
+}
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 KNOWN_AT_RUN_TIME = {"world_size", "is_encoder_decoder", "is_peft_model", "backward_batch_size",
                      "global_backward_batch_size", "global_batch_size"}
@@ -42,7 +55,7 @@ class Parsed(BaseException):
 
 
 def start(script, *flags):
-    """Run `python SCRIPT.py FLAGS` in this process -> status, stdout, stderr, as a shell would see them."""
+    """Run `python SCRIPT.py FLAGS` in this process -> status, stdout, stderr of a shell."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
@@ -69,17 +82,20 @@ def parse(script, *flags):
             status, out, err = start(script, *flags)
         except Parsed as parsed:
             return parsed.args[0]
-    pytest.fail(f"{script}.py {shlex.join(map(str, flags))} does not parse (status {status}):\n{out}{err}")
+    pytest.fail(
+        f"{script}.py {shlex.join(map(str, flags))} does not parse (status {status}):\n{out}{err}"
+    )
 
 
 def uses_trainer(script):
     return issubclass(CONFIGS[script], TrainingArguments)
 
 
-# ------------------------------------------------------------------------------------------------ help
+# --------------------------------------------------------------------------------------------- help
 @functools.cache
 def help_page(script):
-    """-> the description, and {"--flag": its text without the default}, both read off `--help`, without a network."""
+    """Read `--help` without a network -> the description, {"--flag": its text, but the default}."""
+
     def refuse(*args, **kwargs):
         raise AssertionError("--help asked the network")
 
@@ -97,13 +113,17 @@ def help_page(script):
         if not line.strip() or line.startswith("─"):  # the end of the table
             break
         text = line[indent:]
-        if not text.startswith(" "):  # flags and their type; where they are short, the text follows on the same line
+        if not text.startswith(
+            " "
+        ):  # flags and their type; where they are short, the text follows on the same line
             words, _, text = text.partition("  ")
             flags = re.findall(r"--[a-z0-9-]+", words) or flags
         for flag in flags:
             options[flag] = f"{options.get(flag, '')} {text.strip()}".strip()
     description = " ".join(lines[1:first - 1])
-    return description, {flag: re.sub(r" ?\((default|required).*", "", text) for flag, text in options.items()}
+    return description, {
+        flag: re.sub(r" ?\((default|required).*", "", text) for flag, text in options.items()
+    }
 
 
 def flag_of(name):
@@ -115,8 +135,12 @@ def test_help_describes_the_script_and_each_of_its_options_without_a_network(scr
     description, options = help_page(script)
     assert len(description.split()) > 5 and len(options) > 50
     assert all(options.values()), [flag for flag, text in options.items() if not text]
-    trainers = {field.name for field in dataclasses.fields(TrainingArguments)}  # whose sentences are not ours
-    for name in {field.name for field in dataclasses.fields(CONFIGS[script])} - trainers - absent(script):
+    trainers = {
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }  # whose sentences are not ours
+    for name in (
+        {field.name for field in dataclasses.fields(CONFIGS[script])} - trainers - absent(script)
+    ):
         assert options[flag_of(name)].endswith((".", ")")), f"{name}: {options[flag_of(name)]}"
 
 
@@ -130,7 +154,9 @@ def absent(script):
 def test_help_lists_every_field_but_those_that_are_known_at_run_time(script):
     """The documented fields that no user sets: PPO's sizes over all ranks, and the model's kind."""
     known = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(reward.RETIRED)}.get(script, set())
-    assert absent(script) - {"parallelism_config"} == known  # Trainer's own, a command rather than an option
+    assert (
+        absent(script) - {"parallelism_config"} == known
+    )  # Trainer's own, a command rather than an option
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN_AT_RUN_TIME))
@@ -139,24 +165,28 @@ def test_a_value_that_is_known_at_run_time_can_not_be_given(name):
     assert status != 0 and flag_of(name) in err and "Traceback" not in err
 
 
-# ------------------------------------------------------------------------------------------------ documented commands
+# ------------------------------------------------------------------------------ documented commands
 def commands(text):
-    """The shell commands of a page's ```bash blocks -> lists of words, without what is set before them."""
+    """The shell commands of a page's ```bash blocks -> lists of words."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line.split("&&")[-1], comments=True) for line in lines if line.strip()]
 
 
 def script_and_flags(words):
-    """-> ("sft", ["--bf16"]) of torchrun --nproc_per_node 8 sft.py --bf16; None where no script of ours is run."""
-    place = next((i for i, word in enumerate(words) if word in {f"{script}.py" for script in CONFIGS}), None)
+    """`torchrun sft.py --bf16` -> ("sft", ["--bf16"]), or None of a command of another program."""
+    place = next(
+        (i for i, word in enumerate(words) if word in {f"{script}.py" for script in CONFIGS}), None
+    )
     return None if place is None else (words[place][:-3], words[place + 1:])
 
 
 def parses(script, flags):
     if flags == ["--help"]:
         return help_page(script)
-    return parse(script, *flags, *(["--use-cpu"] if "--bf16" in flags and uses_trainer(script) else []))  # no GPU here
+    return parse(
+        script, *flags, *(["--use-cpu"] if "--bf16" in flags and uses_trainer(script) else [])
+    )  # no GPU here
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -175,7 +205,11 @@ def test_every_command_of_a_page_runs_a_file_that_is_there_and_parses(page):
 @every_script
 def test_every_command_of_a_file_s_docstring_parses(script):
     lines = [line.strip().split("   ")[0] for line in MODULES[script].__doc__.splitlines()]
-    found = [script_and_flags(shlex.split(line)) for line in lines if line.startswith(("python ", "torchrun "))]
+    found = [
+        script_and_flags(shlex.split(line))
+        for line in lines
+        if line.startswith(("python ", "torchrun "))
+    ]
     assert found and all(name == script for name, _ in found)
     for _, flags in found:
         parses(script, flags)
@@ -183,9 +217,11 @@ def test_every_command_of_a_file_s_docstring_parses(script):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_the_text_of_a_page_is_an_option_and_takes_the_value_beside_it(page):
-    """`--lora-r 16` has to parse; `--lora-r` alone, as the subject of a sentence, has to be an option."""
+    """`--lora-r 16` has to parse; `--lora-r` alone, as a sentence's subject, to be an option."""
     scripts = [page[5:-3]] if page[5:-3] in CONFIGS else list(CONFIGS)
-    snippets = {tuple(shlex.split(code)) for code in re.findall(r"`(--[^`]*)`", (ROOT / page).read_text())}
+    snippets = {
+        tuple(shlex.split(code)) for code in re.findall(r"`(--[^`]*)`", (ROOT / page).read_text())
+    }
     for words in snippets:
         known = [script for script in scripts if words[0] in help_page(script)[1]]
         assert known, f"{page}: {words[0]}"
@@ -199,26 +235,32 @@ def test_a_flag_changes_its_own_field_alone(script):
     given = parse(script, "--seed", 7)
     names = [field.name for field in dataclasses.fields(config)]
     assert set(names) >= {field.name for field in dataclasses.fields(CONFIGS[script])}
-    assert [name for name in names if getattr(given, name) != getattr(config, name)] == ["seed"] and given.seed == 7
+    assert [name for name in names if getattr(given, name) != getattr(config, name)] == [
+        "seed"
+    ] and given.seed == 7
 
 
-# ------------------------------------------------------------------------------------------------ dicts as flags
+# ----------------------------------------------------------------------------------- dicts as flags
 def test_a_dict_is_given_as_json_or_as_the_name_of_a_file(tmp_path):
     assert parse("ppo", "--accelerator-kwargs", '{"cpu": true}').accelerator_kwargs == {"cpu": True}
     (tmp_path / "fsdp.json").write_text('{"min_num_params": 7}')
     for value in ('{"min_num_params": 7}', tmp_path / "fsdp.json"):
         config = parse("sft", "--use-cpu", "--fsdp", "full_shard", "--fsdp-config", value)
         assert config.fsdp_config["min_num_params"] == 7
-    assert parse("sft", "--lr-scheduler-kwargs", '{"num_cycles": 2}').lr_scheduler_kwargs == {"num_cycles": 2}
+    assert parse("sft", "--lr-scheduler-kwargs", '{"num_cycles": 2}').lr_scheduler_kwargs == {
+        "num_cycles": 2
+    }
 
 
-@pytest.mark.parametrize("script, flag", [("ppo", "--accelerator-kwargs"), ("sft", "--lr-scheduler-kwargs")])
+@pytest.mark.parametrize(
+    "script, flag", [("ppo", "--accelerator-kwargs"), ("sft", "--lr-scheduler-kwargs")]
+)
 def test_json_that_can_not_be_read_is_an_error_of_that_flag(script, flag):
     status, out, err = start(script, flag, '{"num_cycles"')
     assert status not in (0, 1) and flag in err and "Traceback" not in err and not out
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 @every_script
 def test_an_error_is_one_line_with_the_file_s_name_and_status_1(script, tmp_path):
     (tmp_path / "file").touch()
@@ -229,14 +271,18 @@ def test_an_error_is_one_line_with_the_file_s_name_and_status_1(script, tmp_path
 
 def test_a_shell_sees_the_line_and_the_status(tmp_path):
     (tmp_path / "file").touch()
-    done = subprocess.run([sys.executable, "sft.py", "--output-dir", str(tmp_path / "file" / "out")], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "sft.py", "--output-dir", str(tmp_path / "file" / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("sft.py: error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
-    """A main that fails with anything but wrong input is a defect, which nobody finds without the place."""
+    """It is a defect, which nobody finds without the place."""
     import common
 
     def main(config):
@@ -249,7 +295,9 @@ def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 @every_script
-@pytest.mark.parametrize("flags, named", [(["--no-such-option", 1], "--no-such-option"), (["--seed", "x"], "--seed")])
+@pytest.mark.parametrize(
+    "flags, named", [(["--no-such-option", 1], "--no-such-option"), (["--seed", "x"], "--seed")]
+)
 def test_a_flag_that_is_not_there_or_takes_no_such_value_is_named(script, flags, named):
     status, out, err = start(script, *flags)
     assert status == 2 and named in err and "Traceback" not in err and not out
@@ -265,9 +313,9 @@ def test_bf16_without_a_gpu_says_which_flag_computes_on_the_cpu():
     assert status != 0 and "use_cpu" in out + err and "Traceback" not in out + err
 
 
-# ------------------------------------------------------------------------------------------------ the gate
+# ----------------------------------------------------------------------------------------- the gate
 def test_the_gate_runs_the_two_commands_of_the_readme(tmp_path):
-    """.ci/run, with every program that it starts replaced by one that writes down how it was called."""
+    """.ci/run, with each program that it starts replaced by one that writes down its arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bash", "timeout", "python", "pip", "ruff", "torchrun"):
@@ -281,5 +329,7 @@ def test_the_gate_runs_the_two_commands_of_the_readme(tmp_path):
     calls = (tmp_path / "calls").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     blocks = [block.strip() for block in blocks if "venv" in block]
-    (main,), (tests,) = ([block for block in blocks if word in block] for word in ("ppo.py", "pytest"))
+    (main,), (tests,) = (
+        [block for block in blocks if word in block] for word in ("ppo.py", "pytest")
+    )
     assert tests in calls and main in calls and calls.index(tests) < calls.index(main)

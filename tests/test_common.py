@@ -1,4 +1,4 @@
-"""common.py: seeds, ranks, rows, prompts, rewards, what a run leaves behind, and models with a value head.
+"""common.py: seeds, ranks, rows, prompts, rewards, a run's files, and models with a value head.
 
     python -m pytest -q tests/test_common.py
 """
@@ -20,22 +20,41 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2ForSequenceClassification,
-                          ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import common
 from common import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError
 from conftest import CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 
 ARCHITECTURES = CAUSAL + SEQ2SEQ
-wrapper_of = lambda arch: AutoModelForSeq2SeqLMWithValueHead if arch in SEQ2SEQ else AutoModelForCausalLMWithValueHead
+wrapper_of = lambda arch: (
+    AutoModelForSeq2SeqLMWithValueHead if arch in SEQ2SEQ else AutoModelForCausalLMWithValueHead
+)
 plain_of = lambda arch: AutoModelForSeq2SeqLM if arch in SEQ2SEQ else AutoModelForCausalLM
 
 
 def example(arch="gpt2"):
     """Two rows of five tokens, the second padded."""
-    ids, mask = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 9, PAD, PAD]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
-    return {"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids.flip(1)} if arch in SEQ2SEQ else {})}
+    ids, mask = (
+        torch.tensor([[5, 6, 7, 8, 9], [4, 3, 9, PAD, PAD]]),
+        torch.tensor([[1] * 5, [1, 1, 1, 0, 0]]),
+    )
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **({"decoder_input_ids": ids.flip(1)} if arch in SEQ2SEQ else {}),
+    }
 
 
 def outputs(model, arch="gpt2", **kwargs):
@@ -50,7 +69,7 @@ def same_model(model, other, arch="gpt2"):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ seeds, ranks
+# ------------------------------------------------------------------------------------- seeds, ranks
 def test_set_seed_seeds_python_numpy_and_torch():
     def draw(seed):
         common.set_seed(seed)
@@ -67,7 +86,9 @@ def test_one_process_under_torchrun_forms_no_group(monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [None, "3"])
-def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwise(threads, monkeypatch):
+def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwise(
+    threads, monkeypatch
+):
     for name in ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -75,13 +96,18 @@ def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwis
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     common.setup_ranks()
-    assert os.environ["ACCELERATE_USE_CPU"] == "true" and os.environ["OMP_NUM_THREADS"] == (threads or "1")
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    assert os.environ["OMP_NUM_THREADS"] == (threads or "1")
     assert os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "1"
 
 
 def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     chosen, precision = [], torch.get_float32_matmul_precision()
-    for name, value in {"is_available": lambda: True, "device_count": lambda: 4, "set_device": chosen.append}.items():
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 4,
+        "set_device": chosen.append,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -95,23 +121,27 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
 
 
 def test_several_gpus_in_one_process_are_refused():
-    """Trainer would split each batch among threads (DataParallel), which the losses here do not know."""
+    """Trainer would split each batch among threads, which the losses here do not know."""
     with pytest.raises(InputError, match="--nproc_per_node 4"):
         common.prepare_process(types.SimpleNamespace(n_gpu=4))
     for fine in (0, 1):
         common.prepare_process(types.SimpleNamespace(n_gpu=fine))
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 def test_any_error_inside_explain_becomes_one_sentence_with_its_place():
     with pytest.raises(InputError) as error:
         with common.explain("row 7 of mine.jsonl can't be read"):
             raise KeyError("first line\nsecond line")
     told = str(error.value)
-    assert told.startswith("row 7 of mine.jsonl can't be read: ") and "KeyError" in told and "test_common.py:" in told
+    assert (
+        told.startswith("row 7 of mine.jsonl can't be read: ")
+        and "KeyError" in told
+        and "test_common.py:" in told
+    )
     assert "first line" in told and isinstance(error.value.__cause__, KeyError)
-    with pytest.raises(InputError, match="AssertionError"):  # an error without words still has a name
-        with common.explain("row 7"):
+    with pytest.raises(InputError, match="AssertionError"):
+        with common.explain("row 7"):  # an error without words still has a name
             assert not ROWS
 
 
@@ -127,7 +157,11 @@ def test_explain_says_the_first_line_of_an_error_alone():
     with pytest.raises(InputError) as error:
         with common.explain("it failed"):
             raise OSError("no such file\nTraceback of the library")
-    assert "no such file" in str(error.value) and "\n" not in str(error.value) and "library" not in str(error.value)
+    assert (
+        "no such file" in str(error.value)
+        and "\n" not in str(error.value)
+        and "library" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
@@ -142,7 +176,9 @@ def test_run_leaves_no_process_group_behind(monkeypatch, tmp_path):
 
     def main(config):
         """Train."""
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+        )
         groups.append((torch.distributed.is_initialized(), config))
 
     monkeypatch.setattr(sys, "argv", ["mine.py", "--n", "3"])
@@ -158,7 +194,7 @@ class Flags:
     """A number."""
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# --------------------------------------------------------------------------------------------- rows
 ROWS = [{"text": "w4 w5", "n": 1}, {"text": "w6", "n": 2}]
 WRITE = {".jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))),
          ".json": lambda path: path.write_text(json.dumps(ROWS)),
@@ -180,7 +216,9 @@ def test_each_line_of_a_text_file_is_a_row(tmp_path):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_rows_come_from_a_saved_dataset_and_its_split(split, tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
-    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "both")
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(
+        tmp_path / "both"
+    )
     assert list(common.load_rows(tmp_path / "one", split)) == ROWS
     assert list(common.load_rows(tmp_path / "both", split)) == ROWS[:1 if split == "test" else 2]
 
@@ -188,11 +226,21 @@ def test_rows_come_from_a_saved_dataset_and_its_split(split, tmp_path):
 def test_a_folder_of_files_is_a_dataset_with_their_splits(tmp_path):
     WRITE[".jsonl"](tmp_path / "train.jsonl")
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[1]))
-    assert list(common.load_rows(tmp_path)) == ROWS and list(common.load_rows(tmp_path, "test")) == ROWS[1:]
+    assert (
+        list(common.load_rows(tmp_path)) == ROWS
+        and list(common.load_rows(tmp_path, "test")) == ROWS[1:]
+    )
 
 
-@pytest.mark.parametrize("name, named", [("data.xls", "data.xls.*'.xls'"), ("absent.jsonl", "absent.jsonl does not exist"),
-                                         ("broken.jsonl", "broken.jsonl"), ("nobody/nothing", "nobody/nothing")])
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("data.xls", "data.xls.*'.xls'"),
+        ("absent.jsonl", "absent.jsonl does not exist"),
+        ("broken.jsonl", "broken.jsonl"),
+        ("nobody/nothing", "nobody/nothing"),
+    ],
+)
 def test_an_unreadable_dataset_is_an_error_of_one_line_with_its_name(name, named, tmp_path):
     (tmp_path / "data.xls").touch()
     (tmp_path / "broken.jsonl").write_text("{")
@@ -201,7 +249,7 @@ def test_an_unreadable_dataset_is_an_error_of_one_line_with_its_name(name, named
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------------------ prompts
 @pytest.fixture
 def prompts(tmp_path, make_tokenizer):
     """prompts(rows, **arguments) -> load_prompts of a file of these rows."""
@@ -210,8 +258,10 @@ def prompts(tmp_path, make_tokenizer):
         path.write_text("\n".join(map(json.dumps, rows)))
         tokenizer = make_tokenizer()
         tokenizer.chat_template = (
-            "{% for turn in messages %}{{ '<s> ' if turn.role == 'user' else '<unk> ' }}{{ turn.content }} {% endfor %}"
-            "{% if add_generation_prompt %}</s>{% endif %}")
+            "{% for turn in messages %}{{ '<s> ' if turn.role == 'user' else '<unk> ' }}"
+            "{{ turn.content }} {% endfor %}"
+            "{% if add_generation_prompt %}</s>{% endif %}"
+        )
         return common.load_prompts(path, tokenizer, **kwargs)
 
     return load
@@ -239,22 +289,34 @@ def test_prompts_are_chats_whose_last_answer_is_left_off(column, prompts):
 
 
 def test_prompts_are_truncated_to_their_first_tokens(prompts):
-    assert prompts([{"query": "w4 w5 w6"}], max_length=2) == [{"query": "w4 w5", "input_ids": [4, 5]}]
+    assert prompts([{"query": "w4 w5 w6"}], max_length=2) == [
+        {"query": "w4 w5", "input_ids": [4, 5]}
+    ]
     assert prompts([{"query": "w4 w5 w6"}], max_length=2, longest=2)[0]["input_ids"] == [4, 5]
 
 
 def test_other_columns_are_kept_on_request_and_the_query_is_what_the_model_reads(prompts):
     rows = [{"query": "w4 w5", "answer": 7}]
     assert prompts(rows) == [{"query": "w4 w5", "input_ids": [4, 5]}]
-    assert prompts(rows, keep_columns=True, max_length=1) == [{"query": "w4", "input_ids": [4], "answer": 7}]
+    assert prompts(rows, keep_columns=True, max_length=1) == [
+        {"query": "w4", "input_ids": [4], "answer": 7}
+    ]
 
 
-@pytest.mark.parametrize("rows, arguments, named", [
-    ([{"title": "w4"}], {}, r"\['title'\]"), ([{"query": "w4"}, {"query": ""}], {}, "row 1: query"),
-    ([{"query": "w4"}, {"query": None}], {}, "row 1: query"), ([{"prompt": []}], {}, "row 0: prompt"),
-    ([{"query": "w4"}, {"query": "w4 w5 w6"}], {"longest": 2}, "row 1: 3 tokens.* 2;"),
-    ([{"query": "w4"}, {"query": 7}], {}, "query")])
-def test_a_prompt_that_can_not_be_answered_is_an_error_with_its_row(rows, arguments, named, prompts):
+@pytest.mark.parametrize(
+    "rows, arguments, named",
+    [
+        ([{"title": "w4"}], {}, r"\['title'\]"),
+        ([{"query": "w4"}, {"query": ""}], {}, "row 1: query"),
+        ([{"query": "w4"}, {"query": None}], {}, "row 1: query"),
+        ([{"prompt": []}], {}, "row 0: prompt"),
+        ([{"query": "w4"}, {"query": "w4 w5 w6"}], {"longest": 2}, "row 1: 3 tokens.* 2;"),
+        ([{"query": "w4"}, {"query": 7}], {}, "query"),
+    ],
+)
+def test_a_prompt_that_can_not_be_answered_is_an_error_with_its_row(
+    rows, arguments, named, prompts
+):
     with pytest.raises(InputError, match=named):
         prompts(rows, **arguments)
 
@@ -263,14 +325,22 @@ def test_a_prompt_of_the_longest_length_is_answered(prompts):
     assert prompts([{"query": "w4 w5"}], longest=2)[0]["input_ids"] == [4, 5]
 
 
-# ------------------------------------------------------------------------------------------------ rewards
+# ------------------------------------------------------------------------------------------ rewards
 @pytest.fixture
 def classifier(tmp_path, make_tokenizer):
     """classifier(labels) -> the folder of a random classifier, and the classifier."""
     def make(labels, n_positions=16, **attributes):
         config = GPT2Config(
-            vocab_size=VOCAB, n_positions=n_positions, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2, pad_token_id=PAD,
-            id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)})
+            vocab_size=VOCAB,
+            n_positions=n_positions,
+            n_embd=32,
+            n_layer=1,
+            n_head=2,
+            initializer_range=0.2,
+            pad_token_id=PAD,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+        )
         model = GPT2ForSequenceClassification(config).eval()
         model.save_pretrained(tmp_path / "classifier")
         make_tokenizer(**attributes).save_pretrained(tmp_path / "classifier")
@@ -285,12 +355,17 @@ def test_a_score_is_the_logit_of_the_only_label_whatever_else_is_scored(attribut
     texts = ["w5", "w5 w6 w7 w8", "w9 w4"] * 30
     scores = common.load_reward(folder)(texts)
     with torch.no_grad():
-        want = [model(torch.tensor([[int(word[1:]) for word in text.split()]])).logits[0, 0].item() for text in texts]
+        want = [
+            model(torch.tensor([[int(word[1:]) for word in text.split()]])).logits[0, 0].item()
+            for text in texts
+        ]
     assert [score.item() for score in scores] == pytest.approx(want, abs=1e-5)
     assert all(score.dim() == 0 for score in scores) and len(set(want)) == 3
 
 
-@pytest.mark.parametrize("positions, limit", [(16, 64), (32, 16)], ids=["of the model", "of the tokenizer"])
+@pytest.mark.parametrize(
+    "positions, limit", [(16, 64), (32, 16)], ids=["of the model", "of the tokenizer"]
+)
 def test_of_a_text_too_long_for_the_classifier_the_end_is_scored(positions, limit, classifier):
     """The response is at the end: of 40 tokens the last 16 count."""
     folder, model = classifier(["score"], n_positions=positions, model_max_length=limit)
@@ -319,14 +394,19 @@ def test_a_score_is_the_logit_of_the_chosen_label(label, column, classifier):
     assert common.load_reward(folder, label)(["w5 w6"])[0].item() == pytest.approx(want, abs=1e-5)
 
 
-@pytest.mark.parametrize("label, named", [(None, "2 labels.*--reward-label.*bad, good"), ("great", "'great'.*bad, good")])
+@pytest.mark.parametrize(
+    "label, named", [(None, "2 labels.*--reward-label.*bad, good"), ("great", "'great'.*bad, good")]
+)
 def test_a_label_has_to_be_one_of_the_classifier_s(label, named, classifier):
     with pytest.raises(InputError, match=named):
         common.load_reward(classifier(["bad", "good"])[0], label)
 
 
-FUNCTIONS = "def length(texts):\n    return [len(text) for text in texts]\n\ndef few(texts):\n    return [1.0]\n\n" \
-            "def sick(texts):\n    return 1 / 0\n"
+FUNCTIONS = (
+    "def length(texts):\n    return [len(text) for text in texts]\n\n"
+    "def few(texts):\n    return [1.0]\n\n"
+    "def sick(texts):\n    return 1 / 0\n"
+)
 
 
 def test_a_reward_is_any_function_of_texts(tmp_path):
@@ -335,9 +415,14 @@ def test_a_reward_is_any_function_of_texts(tmp_path):
     assert [score.item() for score in scores] == [1, 3] and scores[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("function, named", [
-    ("few", "mine.py:few.* 1 scores for 2 texts"), ("sick", "mine.py:sick.* 2 texts.*'a'.*division by zero.*mine.py:8"),
-    ("absent", "mine.py:absent.*KeyError")])
+@pytest.mark.parametrize(
+    "function, named",
+    [
+        ("few", "mine.py:few.* 1 scores for 2 texts"),
+        ("sick", "mine.py:sick.* 2 texts.*'a'.*division by zero.*mine.py:8"),
+        ("absent", "mine.py:absent.*KeyError"),
+    ],
+)
 def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, named, tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     with pytest.raises(InputError, match=named) as error:
@@ -345,11 +430,15 @@ def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, nam
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("numbers", ["torch.arange(2.)", "[torch.tensor([0.]), 1]", "(i for i in range(2))"])
+@pytest.mark.parametrize(
+    "numbers", ["torch.arange(2.)", "[torch.tensor([0.]), 1]", "(i for i in range(2))"]
+)
 def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
     (tmp_path / "mine.py").write_text(f"import torch\ndef f(texts):\n    return {numbers}\n")
     scores = common.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
-    assert [score.item() for score in scores] == [0, 1] and all(score.dim() == 0 for score in scores)
+    assert [score.item() for score in scores] == [0, 1] and all(
+        score.dim() == 0 for score in scores
+    )
 
 
 def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
@@ -357,7 +446,7 @@ def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
         common.load_reward(str(tmp_path / "nothing"))
 
 
-# ------------------------------------------------------------------------------------------- what a run leaves behind
+# ------------------------------------------------------------------------- what a run leaves behind
 def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
     for n in (9, 10, 2):
         (tmp_path / f"checkpoint-{n}").mkdir()
@@ -397,7 +486,9 @@ def test_a_fresh_run_begins_metrics_of_its_own(tmp_path):
 def test_an_output_folder_is_made_and_one_that_can_not_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     common.writable_folder(tmp_path / "new" / "folder", fresh=True)
-    assert (tmp_path / "new" / "folder").is_dir() and not list((tmp_path / "new" / "folder").iterdir())
+    assert (tmp_path / "new" / "folder").is_dir() and not list(
+        (tmp_path / "new" / "folder").iterdir()
+    )
     with pytest.raises(InputError, match="file/folder"):
         common.writable_folder(tmp_path / "file" / "folder", fresh=True)
 
@@ -411,9 +502,14 @@ def test_a_fresh_run_never_writes_over_the_checkpoints_of_another(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-70", "samples.jsonl"}
 
 
-@pytest.mark.parametrize("rank, fresh, kept", [(None, True, False), ("0", True, False), ("1", True, True), ("0", False, True)])
-def test_the_main_rank_of_a_fresh_run_removes_the_samples_of_an_earlier_one(rank, fresh, kept, tmp_path, monkeypatch):
-    """Samples are appended to the file; another rank must not remove what the main one has written by then."""
+@pytest.mark.parametrize(
+    "rank, fresh, kept",
+    [(None, True, False), ("0", True, False), ("1", True, True), ("0", False, True)],
+)
+def test_the_main_rank_of_a_fresh_run_removes_the_samples_of_an_earlier_one(
+    rank, fresh, kept, tmp_path, monkeypatch
+):
+    """Samples are appended; another rank must not remove what the main one has written by then."""
     (tmp_path / "samples.jsonl").touch()
     if rank:
         monkeypatch.setenv("RANK", rank)
@@ -422,17 +518,38 @@ def test_the_main_rank_of_a_fresh_run_removes_the_samples_of_an_earlier_one(rank
 
 
 def test_a_model_card_has_the_sources_and_the_metrics_but_no_timings(tmp_path):
-    metrics = {"eval_loss": 0.123456, "eval_runtime": 3.0, "eval_samples_per_second": 9.0, "eval_steps_per_second": 2.0,
-               "step": 7, "table": [1]}
+    metrics = {
+        "eval_loss": 0.123456,
+        "eval_runtime": 3.0,
+        "eval_samples_per_second": 9.0,
+        "eval_steps_per_second": 2.0,
+        "step": 7,
+        "table": [1],
+    }
     for model in (None, "my/model"):
-        common.write_model_card(tmp_path, "A reward model", types.SimpleNamespace(model_name=model), {"pairs": "p.jsonl"}, metrics)
+        common.write_model_card(
+            tmp_path,
+            "A reward model",
+            types.SimpleNamespace(model_name=model),
+            {"pairs": "p.jsonl"},
+            metrics,
+        )
         card = (tmp_path / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: transformers\n---\n") and f"# {tmp_path.name}\n" in card
-        assert "A reward model" in card and f"model `{model or 'toy'}`" in card and "pairs `p.jsonl`" in card
-        assert [line for line in card.splitlines() if line.startswith("| ")][1:] == ["| eval_loss | 0.1235 |"]
+        assert (
+            card.startswith("---\nlibrary_name: transformers\n---\n")
+            and f"# {tmp_path.name}\n" in card
+        )
+        assert (
+            "A reward model" in card
+            and f"model `{model or 'toy'}`" in card
+            and "pairs `p.jsonl`" in card
+        )
+        assert [line for line in card.splitlines() if line.startswith("| ")][1:] == [
+            "| eval_loss | 0.1235 |"
+        ]
 
 
-# ------------------------------------------------------------------------------------------- of transformers.Trainer
+# -------------------------------------------------------------------------- of transformers.Trainer
 class Rows(torch.utils.data.Dataset):
     """Eight rows of six tokens."""
 
@@ -452,18 +569,33 @@ class CountEvaluations(TrainerCallback):
 
 
 def train(model, folder, resume=None, **arguments):
-    """Train for two epochs of two steps, with evaluation and checkpoint after each epoch -> the Trainer."""
-    fields = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "eval_strategy": "epoch",
-              "save_strategy": "epoch", "report_to": "none", "use_cpu": True, **arguments}
-    trainer = Trainer(model, TrainingArguments(str(folder), **fields), train_dataset=Rows(), eval_dataset=Rows(),
-                      callbacks=[common.Journal(folder), CountEvaluations()])
+    """Train two epochs of two steps, each with an evaluation and a checkpoint -> the Trainer."""
+    fields = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "report_to": "none",
+        "use_cpu": True,
+        **arguments,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **fields),
+        train_dataset=Rows(),
+        eval_dataset=Rows(),
+        callbacks=[common.Journal(folder), CountEvaluations()],
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def evaluations(trainer):
-    return next(c.evaluations for c in trainer.callback_handler.callbacks if isinstance(c, CountEvaluations))
+    return next(
+        c.evaluations for c in trainer.callback_handler.callbacks if isinstance(c, CountEvaluations)
+    )
 
 
 def lines(folder):
@@ -490,14 +622,19 @@ def test_a_journal_has_a_line_for_each_log_a_bar_and_each_evaluation_in_words(fi
     trainer, folder, out, err = finished
     rows = lines(folder)
     assert [row["update"] for row in rows] == [1, 2, 2, 3, 4, 4, 4]
-    assert [name for row in rows for name in row if name in ("loss", "eval_loss", "train_loss")] == [
-        "loss", "loss", "eval_loss", "loss", "loss", "eval_loss", "train_loss"]
+    assert [
+        name for row in rows for name in row if name in ("loss", "eval_loss", "train_loss")
+    ] == ["loss", "loss", "eval_loss", "loss", "loss", "eval_loss", "train_loss"]
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert [row["loss"] for row in rows if "loss" in row] == logged
     assert "4/4" in err and f"loss={logged[-1]:.4f}" in err
     told = [line for line in out.splitlines() if line.startswith("epoch")]
     assert [line.split(":")[0] for line in told] == ["epoch 1.00", "epoch 2.00"]
-    assert f"eval_loss {rows[5]['eval_loss']:.4g}" in told[1] and "runtime" not in out and "per_second" not in out
+    assert (
+        f"eval_loss {rows[5]['eval_loss']:.4g}" in told[1]
+        and "runtime" not in out
+        and "per_second" not in out
+    )
 
 
 def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_model, capsys):
@@ -505,12 +642,17 @@ def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_mode
     train(make_hf_model("gpt2"), run_folder, resume=str(run_folder / "checkpoint-2"))
     after = lines(run_folder)
     assert [row["update"] for row in after] == [1, 2, 2, 3, 4, 4, 4]
-    assert after[:3] == before[:3] and [row.get("loss") for row in after] == [row.get("loss") for row in before]
+    assert after[:3] == before[:3] and [row.get("loss") for row in after] == [
+        row.get("loss") for row in before
+    ]
     assert "2/4" in capsys.readouterr().err  # the bar begins where the run was
 
 
 def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):
-    journal, state = common.Journal(tmp_path), TrainerState(max_steps=2, is_world_process_zero=False)
+    journal, state = (
+        common.Journal(tmp_path),
+        TrainerState(max_steps=2, is_world_process_zero=False),
+    )
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     for event, more in (("train_begin", {}), ("step_end", {}), ("log", {"logs": {"loss": 1.0}}),
                         ("evaluate", {"metrics": {"eval_loss": 1.0}}), ("train_end", {})):
@@ -525,30 +667,42 @@ def test_the_last_evaluation_is_not_made_twice(finished):
     assert evaluations(trainer) == 2 and last["eval_loss"] == lines(folder)[5]["eval_loss"]
 
 
-@pytest.mark.parametrize("arguments", [{"eval_strategy": "no"}, {"load_best_model_at_end": True}], ids=["none", "best"])
-def test_weights_that_were_not_evaluated_are_evaluated_at_the_end(arguments, make_hf_model, tmp_path):
+@pytest.mark.parametrize(
+    "arguments", [{"eval_strategy": "no"}, {"load_best_model_at_end": True}], ids=["none", "best"]
+)
+def test_weights_that_were_not_evaluated_are_evaluated_at_the_end(
+    arguments, make_hf_model, tmp_path
+):
     """After a run without evaluations, and where other weights than the last ones were loaded."""
     trainer = train(make_hf_model("gpt2"), tmp_path, disable_tqdm=True, **arguments)
     before = evaluations(trainer)
     last = common.last_evaluation(trainer)
-    assert evaluations(trainer) == before + 1 and last["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    assert evaluations(trainer) == before + 1 and last["eval_loss"] == pytest.approx(
+        trainer.evaluate()["eval_loss"]
+    )
 
 
 def halve(file):
     file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("file", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "file", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"]
+)
 def test_a_checkpoint_with_half_a_file_is_an_error_with_its_name(file, run_folder):
     assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
     halve(run_folder / "checkpoint-4" / file)
     with pytest.raises(InputError, match="checkpoint-4") as error:
         common.trainer_checkpoint(run_folder)
     assert "\n" not in str(error.value)
-    assert common.trainer_checkpoint(run_folder / "checkpoint-2") == str(run_folder / "checkpoint-2")
+    assert common.trainer_checkpoint(run_folder / "checkpoint-2") == str(
+        run_folder / "checkpoint-2"
+    )
 
 
-def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_passed_over(run_folder):
+def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_passed_over(
+    run_folder,
+):
     (run_folder / "checkpoint-2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="checkpoint-2"):
         common.trainer_checkpoint(run_folder / "checkpoint-2")
@@ -556,13 +710,17 @@ def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_
     assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
 
 
-# ------------------------------------------------------------------------------------------- log-probabilities, dropout
+# ----------------------------------------------------------------------- log-probabilities, dropout
 def test_log_probabilities_of_three_words_by_hand():
     """Odds 1 : 2 : 5."""
     logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
     for label, p in enumerate((1 / 8, 2 / 8, 5 / 8)):
-        assert common.logprobs_from_logits(logits, torch.tensor([label])).item() == pytest.approx(np.log(p), abs=1e-6)
-    assert common.logprobs_from_logits(logits, None, gather=False)[0].exp().tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+        assert common.logprobs_from_logits(logits, torch.tensor([label])).item() == pytest.approx(
+            np.log(p), abs=1e-6
+        )
+    assert common.logprobs_from_logits(logits, None, gather=False)[
+        0
+    ].exp().tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -570,31 +728,48 @@ def test_log_probabilities_of_three_words_by_hand():
 def test_log_probabilities_and_their_gradient_are_those_of_the_cross_entropy(shape, temperature):
     """Of each row, however many there are; rows under a mask of zeros have no gradient."""
     draw = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(*shape, 11, generator=draw) * 3, torch.randint(11, shape, generator=draw)
+    logits, labels = (
+        torch.randn(*shape, 11, generator=draw) * 3,
+        torch.randint(11, shape, generator=draw),
+    )
     weight = torch.randn(shape, generator=draw) * (torch.rand(shape, generator=draw) > 0.3)
     ours, plain = (logits.clone().requires_grad_() for _ in range(2))
     found = common.logprobs_from_logits(ours / temperature, labels)
-    want = -F.cross_entropy((plain / temperature).flatten(0, -2), labels.flatten(), reduction="none").view(shape)
+    want = -F.cross_entropy(
+        (plain / temperature).flatten(0, -2), labels.flatten(), reduction="none"
+    ).view(shape)
     (found * weight).sum().backward()
     (want * weight).sum().backward()
     # a difference of two float32 numbers below 30: some units in the last place, 1e-6 each
     torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.grad, plain.grad, atol=1e-5, rtol=0)
     assert ours.grad[weight == 0].abs().max() == 0 if (weight == 0).any() else True
-    torch.testing.assert_close(common.logprobs_from_logits(logits, labels, gather=False), logits.log_softmax(-1))
+    torch.testing.assert_close(
+        common.logprobs_from_logits(logits, labels, gather=False), logits.log_softmax(-1)
+    )
 
 
 def test_log_probabilities_of_half_precision_logits_are_computed_in_float32():
     logits = (torch.randn(70, 50) * 3).bfloat16().requires_grad_()
     labels = torch.randint(50, (70,))
     found = common.logprobs_from_logits(logits, labels)
-    assert found.dtype == torch.float32 and common.logprobs_from_logits(logits, labels, gather=False).dtype == torch.float32
-    torch.testing.assert_close(found, logits.float().log_softmax(-1)[torch.arange(70), labels], atol=1e-5, rtol=0)
+    assert (
+        found.dtype == torch.float32
+        and common.logprobs_from_logits(logits, labels, gather=False).dtype == torch.float32
+    )
+    torch.testing.assert_close(
+        found, logits.float().log_softmax(-1)[torch.arange(70), labels], atol=1e-5, rtol=0
+    )
 
 
-@pytest.mark.parametrize("arch, changes", [*((arch, {}) for arch in ARCHITECTURES), ("bart", {"decoder_layerdrop": 0.5})],
-                         ids=lambda value: "layerdrop" if value else "" if value == {} else value)
-def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mode(arch, changes, make_model):
+@pytest.mark.parametrize(
+    "arch, changes",
+    [*((arch, {}) for arch in ARCHITECTURES), ("bart", {"decoder_layerdrop": 0.5})],
+    ids=lambda value: "layerdrop" if value else "" if value == {} else value,
+)
+def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mode(
+    arch, changes, make_model
+):
     model = make_model(arch, lora="trained", **changes).train()
     logits = lambda: model(**example(arch))[0].detach()
     assert not torch.equal(logits(), logits())
@@ -603,7 +778,7 @@ def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mod
     torch.testing.assert_close(logits(), outputs(model, arch)[0], atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- models with a value head
+# ------------------------------------------------------------------------- models with a value head
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_logits_are_the_bare_model_s_and_values_read_its_last_hidden_state(arch, make_model):
     model = make_model(arch).eval()
@@ -620,7 +795,7 @@ def test_logits_are_the_bare_model_s_and_values_read_its_last_hidden_state(arch,
 @pytest.mark.parametrize("lora", [None, "trained"])
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
 def test_gradients_are_plain_autograd_s(arch, lora, checkpointing, make_model):
-    """Of a loss on logits and values: the body learns from both, with activations recomputed or not."""
+    """Of a loss on logits and values, from which the body learns, with or without recomputing."""
     model = make_model(arch, lora=lora).train()
     common.disable_dropout(model)
     weights = torch.randn(2, 5, generator=torch.Generator().manual_seed(3))
@@ -635,12 +810,21 @@ def test_gradients_are_plain_autograd_s(arch, lora, checkpointing, make_model):
     want = gradients(bare.logits, last @ model.v_head.summary.weight[0] + model.v_head.summary.bias)
     if checkpointing:
         model.gradient_checkpointing_enable()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     logits, _, values = model(**example(arch))
     found = gradients(logits, values)
-    assert set(found) == set(want) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert (
+        set(found) == set(want) == {name for name, p in model.named_parameters() if p.requires_grad}
+    )
     for name, gradient in want.items():
-        # sums of a few hundred float32 products; a gradient that ends at the head would miss whole terms
-        torch.testing.assert_close(found[name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-6, rtol=1e-4, msg=name)
+        # sums of a few hundred float32 products; a gradient that is cut misses whole terms
+        torch.testing.assert_close(
+            found[name],
+            gradient,
+            atol=1e-5 * gradient.abs().max().item() + 1e-6,
+            rtol=1e-4,
+            msg=name,
+        )
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
@@ -649,15 +833,21 @@ def test_logits_and_values_are_float32_where_the_body_computes_in_bfloat16(how, 
     if how == "weights":
         model.pretrained_model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.no_grad():
-        last = model.pretrained_model(**example(), output_hidden_states=True).hidden_states[-1].float()
+        last = (
+            model.pretrained_model(**example(), output_hidden_states=True).hidden_states[-1].float()
+        )
         logits, _, values = model(**example())
     assert logits.dtype == values.dtype == torch.float32
-    want = last @ model.v_head.summary.weight[0] + model.v_head.summary.bias  # a product in bfloat16 is 1e-2 off
+    want = (
+        last @ model.v_head.summary.weight[0] + model.v_head.summary.bias
+    )  # a product in bfloat16 is 1e-2 off
     torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_s_dropout_is_drawn_in_train_mode_alone(make_hf_model):
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(make_hf_model("gpt2"), summary_dropout_prob=0.5)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        make_hf_model("gpt2"), summary_dropout_prob=0.5
+    )
     torch.nn.init.normal_(model.v_head.summary.weight)
     model.pretrained_model.eval()
     values = lambda: model(**example())[2].detach()
@@ -685,18 +875,24 @@ def test_labels_give_the_loss_of_the_language_model(make_model):
 
 
 def test_a_new_head_is_zero(make_hf_model):
-    assert not outputs(AutoModelForCausalLMWithValueHead.from_pretrained(make_hf_model("gpt2")))[1].any()
+    assert not outputs(AutoModelForCausalLMWithValueHead.from_pretrained(make_hf_model("gpt2")))[
+        1
+    ].any()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_generate_is_the_language_model_s_own(arch, make_model):
     model, ids = make_model(arch).eval(), example()["input_ids"][:1]
     greedy = {"do_sample": False, "max_new_tokens": 3}
-    assert torch.equal(model.generate(ids, **greedy), model.pretrained_model.generate(ids, **greedy))
+    assert torch.equal(
+        model.generate(ids, **greedy), model.pretrained_model.generate(ids, **greedy)
+    )
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
-def test_a_plain_model_s_folder_opens_with_a_head_of_zeros_and_a_warning(arch, make_hf_model, tmp_path):
+def test_a_plain_model_s_folder_opens_with_a_head_of_zeros_and_a_warning(
+    arch, make_hf_model, tmp_path
+):
     model = make_hf_model(arch)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no value head"):
@@ -714,15 +910,23 @@ def test_a_new_head_that_was_expected_is_no_warning(make_hf_model, tmp_path, rec
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_saved_folder_opens_as_this_class_and_as_the_plain_one(arch, sharded, make_model, tmp_path):
+def test_a_saved_folder_opens_as_this_class_and_as_the_plain_one(
+    arch, sharded, make_model, tmp_path
+):
     model, folder = make_model(arch), tmp_path / "new" / "folder"
     model.save_pretrained(folder, **({"max_shard_size": "20KB"} if sharded else {}))
-    assert len(list(folder.glob("model-0*"))) > 1 if sharded else (folder / "model.safetensors").exists()
+    assert (
+        len(list(folder.glob("model-0*"))) > 1
+        if sharded
+        else (folder / "model.safetensors").exists()
+    )
     same_model(wrapper_of(arch).from_pretrained(folder, require_v_head=True), model, arch)
     plain, report = plain_of(arch).from_pretrained(folder, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(**example(arch)).logits, outputs(model, arch)[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            plain.eval()(**example(arch)).logits, outputs(model, arch)[0], atol=1e-6, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "pretrained_model."])
@@ -730,16 +934,25 @@ def test_a_state_dict_that_was_gathered_before_is_what_is_saved(prefix, make_mod
     """With sharded weights the model itself holds only a part of them, under its modules' names."""
     model, other = make_model(), make_model(seed=5)
     torch.nn.init.constant_(other.v_head.summary.bias, 0.7)
-    gathered = {name if name.startswith("v_head.") else prefix + name: p for name, p in other.state_dict().items()}
+    gathered = {
+        name if name.startswith("v_head.") else prefix + name: p
+        for name, p in other.state_dict().items()
+    }
     model.save_pretrained(tmp_path, state_dict=gathered)
-    same_model(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=True), other)
+    same_model(
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=True), other
+    )
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
 def test_a_folder_of_trl_0_7_has_the_head_within_the_model_s_file(kind, make_model, tmp_path):
     model = make_model()
-    model.pretrained_model.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB")
-    head = {name: p.detach() for name, p in model.state_dict().items() if name.startswith("v_head.")}
+    model.pretrained_model.save_pretrained(
+        tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB"
+    )
+    head = {
+        name: p.detach() for name, p in model.state_dict().items() if name.startswith("v_head.")
+    }
     assert set(head) == {"v_head.summary.weight", "v_head.summary.bias"}
     file = sorted(tmp_path.glob("model*.safetensors"))[-1]
     if kind == "bin":
@@ -747,19 +960,28 @@ def test_a_folder_of_trl_0_7_has_the_head_within_the_model_s_file(kind, make_mod
         file.unlink()
     else:
         save_file({**load_file(file), **head}, file, metadata={"format": "pt"})
-    same_model(AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=True), model)
+    same_model(
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, require_v_head=True), model
+    )
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_head_on_the_hub_is_found_in_either_kind_of_file(file, make_model, tmp_path, monkeypatch):
     import fnmatch
     import huggingface_hub
-    head = {name: p.detach() for name, p in make_model().state_dict().items() if name.startswith("v_head.")}
+
+    head = {
+        name: p.detach()
+        for name, p in make_model().state_dict().items()
+        if name.startswith("v_head.")
+    }
 
     def snapshot_download(name, allow_patterns="*", **kwargs):
         patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
         if any(fnmatch.fnmatch(file, pattern) for pattern in patterns):
-            save_file(head, tmp_path / file) if file.endswith("safetensors") else torch.save(head, tmp_path / file)
+            save_file(head, tmp_path / file) if file.endswith("safetensors") else torch.save(
+                head, tmp_path / file
+            )
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -770,7 +992,11 @@ def test_a_head_on_the_hub_is_found_in_either_kind_of_file(file, make_model, tmp
 def test_the_state_dict_has_the_model_s_own_names_and_comes_back(make_model):
     model, other = make_model(), make_model(seed=5)
     state = model.state_dict()
-    assert set(state) == {*model.pretrained_model.state_dict(), "v_head.summary.weight", "v_head.summary.bias"}
+    assert set(state) == {
+        *model.pretrained_model.state_dict(),
+        "v_head.summary.weight",
+        "v_head.summary.bias",
+    }
     assert not other.load_state_dict(state).missing_keys
     same_model(model, other)
     with pytest.raises(RuntimeError, match="Missing"):
@@ -780,15 +1006,24 @@ def test_the_state_dict_has_the_model_s_own_names_and_comes_back(make_model):
 @pytest.mark.parametrize("prob", [None, 0.3])
 def test_the_head_s_dropout_comes_from_the_argument_or_the_config(prob, make_hf_model):
     plain, own = make_hf_model("gpt2"), make_hf_model("gpt2", summary_dropout_prob=0.2)
-    load = lambda model: AutoModelForCausalLMWithValueHead.from_pretrained(model, summary_dropout_prob=prob)
-    assert load(plain).v_head.dropout.p == (prob or 0.0) and load(own).v_head.dropout.p == (prob or 0.2)
+    load = lambda model: AutoModelForCausalLMWithValueHead.from_pretrained(
+        model, summary_dropout_prob=prob
+    )
+    assert load(plain).v_head.dropout.p == (prob or 0.0) and load(own).v_head.dropout.p == (
+        prob or 0.2
+    )
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_everything_else_goes_to_transformers_and_the_head_stays_float32(name, make_model, tmp_path):
+def test_everything_else_goes_to_transformers_and_the_head_stays_float32(
+    name, make_model, tmp_path
+):
     make_model().save_pretrained(tmp_path)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, **{name: torch.bfloat16})
-    assert model.pretrained_model.dtype == torch.bfloat16 and model.v_head.summary.weight.dtype == torch.float32
+    assert (
+        model.pretrained_model.dtype == torch.bfloat16
+        and model.v_head.summary.weight.dtype == torch.float32
+    )
     assert all(out.dtype == torch.float32 for out in outputs(model))
 
 
@@ -817,17 +1052,24 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(make_model, monkeypatch
             calls.append((repo_id, kwargs["private"], kwargs["exist_ok"]))
 
         def upload_folder(self, repo_id, folder_path, commit_message=None, **kwargs):
-            calls.append((repo_id, commit_message, {file.name for file in Path(folder_path).iterdir()}))
+            calls.append(
+                (repo_id, commit_message, {file.name for file in Path(folder_path).iterdir()})
+            )
             return "done"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
-    assert make_model().push_to_hub("me/it", commit_message="best", private=True, token="t") == "done"
-    assert calls[:2] == [("token", "t"), ("me/it", True, True)] and calls[2][:2] == ("me/it", "best")
+    assert (
+        make_model().push_to_hub("me/it", commit_message="best", private=True, token="t") == "done"
+    )
+    assert calls[:2] == [("token", "t"), ("me/it", True, True)] and calls[2][:2] == (
+        "me/it",
+        "best",
+    )
     files = calls[2][2]
     assert {"model.safetensors", "config.json", "value_head.safetensors"} <= files
 
 
-# ------------------------------------------------------------------------------------------------ adapters
+# ----------------------------------------------------------------------------------------- adapters
 @pytest.fixture
 def adapter(make_model, tmp_path):
     """The folder of an adapter and its value head, over a base model in a folder; and the model."""
@@ -840,18 +1082,27 @@ def adapter(make_model, tmp_path):
 
 def test_an_adapter_s_folder_holds_the_adapter_and_the_head_alone(adapter):
     folder, model = adapter
-    assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= set(os.listdir(folder))
+    assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= set(
+        os.listdir(folder)
+    )
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
-    assert set(load_file(folder / "value_head.safetensors")) == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert set(load_file(folder / "value_head.safetensors")) == {
+        "v_head.summary.weight",
+        "v_head.summary.bias",
+    }
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_an_adapter_s_folder_opens_on_its_base(trainable, adapter):
     folder, model = adapter
-    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(folder, is_trainable=trainable, require_v_head=True)
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(
+        folder, is_trainable=trainable, require_v_head=True
+    )
     same_model(loaded, model)
     assert loaded.is_peft_model
-    assert any("lora" in name for name, p in loaded.named_parameters() if p.requires_grad) == trainable
+    assert (
+        any("lora" in name for name, p in loaded.named_parameters() if p.requires_grad) == trainable
+    )
 
 
 def test_an_adapter_s_folder_of_trl_0_7_has_its_head_in_a_bin_file(adapter):
@@ -859,27 +1110,37 @@ def test_an_adapter_s_folder_of_trl_0_7_has_its_head_in_a_bin_file(adapter):
     head = load_file(folder / "value_head.safetensors")
     (folder / "value_head.safetensors").unlink()
     torch.save(head, folder / "pytorch_model.bin")
-    same_model(AutoModelForCausalLMWithValueHead.from_pretrained(folder, require_v_head=True), model)
+    same_model(
+        AutoModelForCausalLMWithValueHead.from_pretrained(folder, require_v_head=True), model
+    )
 
 
 def test_an_adapter_s_folder_opens_as_the_plain_model(adapter):
     folder, model = adapter
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            plain(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6
+        )
 
 
 def test_a_fresh_adapter_trains_alone_and_changes_nothing_yet(make_model):
     plain, model = make_model(), make_model(lora="fresh")
     torch.testing.assert_close(outputs(model)[0], outputs(plain)[0])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert {name.split(".")[-3 if "lora" in name else 0] for name in trained} == {"lora_A", "lora_B", "v_head"}
+    assert {name.split(".")[-3 if "lora" in name else 0] for name in trained} == {
+        "lora_A",
+        "lora_B",
+        "v_head",
+    }
 
 
 def test_two_adapters_at_once_are_refused(adapter):
     from peft import LoraConfig
     with pytest.raises(ValueError, match="adapter already"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(adapter[0], peft_config=LoraConfig(target_modules=["c_attn"]))
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            adapter[0], peft_config=LoraConfig(target_modules=["c_attn"])
+        )
 
 
 def test_an_adapted_state_dict_comes_back(make_model):
@@ -897,13 +1158,17 @@ def rewarder(make_hf_model, tmp_path):
     base = make_hf_model("llama")
     base.save_pretrained(tmp_path / "base")
     judge = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
-    config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = LoraConfig(
+        task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
     judge = get_peft_model(judge, config)
     judge.save_pretrained(tmp_path / "judge")
     return tmp_path / "base", tmp_path / "judge", judge.eval()
 
 
-def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alone(rewarder, tmp_path):
+def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alone(
+    rewarder, tmp_path
+):
     from peft import LoraConfig
     base, folder, judge = rewarder
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
@@ -914,52 +1179,83 @@ def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alon
     scores = model.compute_reward_score(**example())
     with torch.no_grad():
         want = judge(**example()).logits[:, 0]
-    torch.testing.assert_close(torch.stack([scores[0, 4, 0], scores[1, 2, 0]]), want, atol=1e-5, rtol=1e-5)
-    assert scores.shape == (2, 5, 1) and all(torch.equal(a, b) for a, b in zip(before, outputs(model)))
+    torch.testing.assert_close(
+        torch.stack([scores[0, 4, 0], scores[1, 2, 0]]), want, atol=1e-5, rtol=1e-5
+    )
+    assert scores.shape == (2, 5, 1) and all(
+        torch.equal(a, b) for a, b in zip(before, outputs(model))
+    )
     assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any("reward" in name or "score" in name for name in trainable)
     model.save_pretrained(tmp_path / "out")
-    assert not any("score" in name for file in (tmp_path / "out").rglob("*.safetensors") for name in load_file(file))
-    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())  # the reward's adapter has its own folder
+    assert not any(
+        "score" in name
+        for file in (tmp_path / "out").rglob("*.safetensors")
+        for name in load_file(file)
+    )
+    assert not any(
+        path.is_dir() for path in (tmp_path / "out").iterdir()
+    )  # the reward's adapter has its own folder
 
 
 def test_a_reward_adapter_needs_a_policy_with_one(rewarder):
     with pytest.raises(ValueError, match="peft_config"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(rewarder[0], reward_adapter=rewarder[1], require_v_head=False)
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            rewarder[0], reward_adapter=rewarder[1], require_v_head=False
+        )
 
 
 def test_a_reward_adapter_needs_a_score(rewarder, tmp_path):
     """An adapter of a language model has none."""
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(rewarder[0]), config).save_pretrained(tmp_path / "policy")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(rewarder[0]), config).save_pretrained(
+        tmp_path / "policy"
+    )
     with pytest.raises(ValueError, match="reward_adapter .*policy"):
         AutoModelForCausalLMWithValueHead.from_pretrained(
-            rewarder[0], peft_config=config, reward_adapter=tmp_path / "policy", require_v_head=False)
+            rewarder[0],
+            peft_config=config,
+            reward_adapter=tmp_path / "policy",
+            require_v_head=False,
+        )
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
-def test_a_language_model_is_loaded_by_its_kind_with_its_tokenizer_and_dtype(arch, make_hf_model, make_tokenizer, tmp_path):
+def test_a_language_model_is_loaded_by_its_kind_with_its_tokenizer_and_dtype(
+    arch, make_hf_model, make_tokenizer, tmp_path
+):
     model = make_hf_model(arch)
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer, loaded = common.load_language_model(str(tmp_path), "bfloat16")
-    assert type(loaded) is type(model) and loaded.dtype == torch.bfloat16 and len(tokenizer) == VOCAB
+    assert (
+        type(loaded) is type(model) and loaded.dtype == torch.bfloat16 and len(tokenizer) == VOCAB
+    )
     with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
         common.load_language_model(str(tmp_path / "nothing"), "float32")
 
 
-def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(adapter, make_tokenizer):
+def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(
+    adapter, make_tokenizer
+):
     folder, model = adapter
     make_tokenizer().save_pretrained(folder)
     _, loaded = common.load_language_model(str(folder), "float32")
     with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            loaded.eval()(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6
+        )
     assert all(p.requires_grad == ("lora_" in name) for name, p in loaded.named_parameters())
 
 
-@pytest.mark.parametrize("pad, eos, padded_with", [("<pad>", "</s>", "<pad>"), (None, "</s>", "</s>"), (None, None, None)])
-def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(pad, eos, padded_with, make_tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "pad, eos, padded_with",
+    [("<pad>", "</s>", "<pad>"), (None, "</s>", "</s>"), (None, None, None)],
+)
+def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(
+    pad, eos, padded_with, make_tokenizer, tmp_path
+):
     make_tokenizer(pad_token=pad, eos_token=eos).save_pretrained(tmp_path)
     if padded_with is None:
         with pytest.raises(InputError, match=f"{tmp_path}.*pad_token"):
@@ -967,14 +1263,19 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(pad, eos, p
     else:
         tokenizer = common.load_tokenizer(str(tmp_path))
         assert tokenizer.pad_token == padded_with and tokenizer.eos_token == eos
-        assert tokenizer(["w4", "w5 w6"], padding=True).input_ids[0][1] == {"<pad>": PAD, "</s>": EOS}[padded_with]
+        assert (
+            tokenizer(["w4", "w5 w6"], padding=True).input_ids[0][1]
+            == {"<pad>": PAD, "</s>": EOS}[padded_with]
+        )
 
 
 def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_none(make_hf_model):
     assert common.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16), "CAUSAL_LM") is None
     config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
     model = common.with_adapter(make_hf_model("llama"), config, seed=0)
-    adapted = {name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")}
+    adapted = {
+        name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")
+    }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
     assert layer.lora_A["default"].weight.shape[0] == 3 and layer.scaling["default"] == 12 / 3
@@ -986,7 +1287,11 @@ def test_equal_seeds_draw_equal_adapters_and_a_second_one_is_refused(make_hf_mod
         torch.rand(seed + 1)  # whatever was drawn before
         config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
         model = common.with_adapter(make_hf_model("llama"), config, seed)
-        return model, config, torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+        return (
+            model,
+            config,
+            torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name]),
+        )
 
     (model, config, a), (_, _, b), (_, _, c) = adapted(1), adapted(1), adapted(2)
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -1049,15 +1354,17 @@ def test_without_peft_everything_but_adapters_works(own_process):
 
 
 def test_freed_memory_is_kept_for_the_next_tensor(own_process):
-    """64 MB are 16,384 pages, which the system would hand out, and clear, one by one, for each of the ten tensors. (The
-    heap may have to grow once or twice more, when something small has settled in the gap.)"""
+    """64 MB are 16,384 pages, which the system would clear for each of the ten tensors. (The heap
+    may grow once or twice more, when something small has settled in the gap.)"""
     assert sys.platform != "linux" or int(own_process[0][0]) < 5 * 16384
 
 
-# ------------------------------------------------------------------------------------------------ reference models
+# --------------------------------------------------------------------------------- reference models
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("shared", [None, 0, 1])
-def test_a_reference_is_a_frozen_copy_that_shares_the_layers_below_a_number(shared, arch, make_model):
+def test_a_reference_is_a_frozen_copy_that_shares_the_layers_below_a_number(
+    shared, arch, make_model
+):
     if arch == "bart" and shared:
         shared = 0  # it has but one layer
     model = make_model(arch).train()
@@ -1065,15 +1372,27 @@ def test_a_reference_is_a_frozen_copy_that_shares_the_layers_below_a_number(shar
     assert not reference.training and model.training
     same_model(model, reference, arch)
     parameters, copies = dict(model.named_parameters()), dict(reference.named_parameters())
-    common_storage = {name for name in parameters if parameters[name].data_ptr() == copies[name].data_ptr()}
-    layers = {"gpt2": ["h.0.", "h.1."], "t5": ["decoder.block.0.", "decoder.block.1."], "bart": ["decoder.layers.0."]}
+    common_storage = {
+        name for name in parameters if parameters[name].data_ptr() == copies[name].data_ptr()
+    }
+    layers = {
+        "gpt2": ["h.0.", "h.1."],
+        "t5": ["decoder.block.0.", "decoder.block.1."],
+        "bart": ["decoder.layers.0."],
+    }
     layers = layers.get(arch, ["model.layers.0.", "model.layers.1."])
     want = {name for name in parameters if any(layer in name for layer in layers[:shared or 0])}
     assert want == {name for name in common_storage if any(layer in name for layer in layers)}
-    assert not any("v_head" in name for name in common_storage) and bool(common_storage) == (shared is not None)
+    assert not any("v_head" in name for name in common_storage) and bool(common_storage) == (
+        shared is not None
+    )
     if shared is not None:  # embeddings and the encoder are below all of the decoder's layers
         assert any("embed" in name or "wte" in name or "shared" in name for name in common_storage)
-        assert all(name in common_storage for name in parameters if ".encoder.block." in name or ".encoder.layers." in name)
+        assert all(
+            name in common_storage
+            for name in parameters
+            if ".encoder.block." in name or ".encoder.layers." in name
+        )
     assert all(p.requires_grad == (name not in common_storage) for name, p in parameters.items())
     assert not any(p.requires_grad for p in copies.values())
     with torch.no_grad():  # what is not shared is a copy
