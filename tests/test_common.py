@@ -642,9 +642,9 @@ def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_mode
     train(make_hf_model("gpt2"), run_folder, resume=str(run_folder / "checkpoint-2"))
     after = lines(run_folder)
     assert [row["update"] for row in after] == [1, 2, 2, 3, 4, 4, 4]
-    assert after[:3] == before[:3] and [row.get("loss") for row in after] == [
-        row.get("loss") for row in before
-    ]
+    assert after[:3] == before[:3]
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (before, after)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # sums of floats, not always the same
     assert "2/4" in capsys.readouterr().err  # the bar begins where the run was
 
 
