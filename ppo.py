@@ -512,9 +512,10 @@ class PPOTrainer:
         query stands before the response. generation_kwargs: for the model's `generate`; sampling has
         config.temperature, and top_k=0 and top_p=1 unless given. Raises ValueError."""
         if generation_kwargs.get("return_dict_in_generate"):
-            raise ValueError("generate returns tokens alone; for scores call model.generate yourself")
+            raise ValueError("return_dict_in_generate=True: generate returns tokens alone; for scores call model.generate")
         if generation_kwargs.get("num_return_sequences", 1) != 1:
-            raise ValueError("generate gives one response for each query: for several, give the query several times")
+            raise ValueError(f"num_return_sequences={generation_kwargs['num_return_sequences']}: generate gives one response for each "
+                             "query; for several, give the query several times")
         single = isinstance(query_tensor, torch.Tensor)
         queries = [query_tensor] if single else list(query_tensor)
         outputs = []
@@ -530,11 +531,8 @@ class PPOTrainer:
         if plain:  # a model's settings for chats (beams, penalties, forced tokens) would make another policy of it
             known = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "max_new_tokens", "max_length")
             model.pretrained_model.generation_config = GenerationConfig(**{name: getattr(own, name) for name in known})
-        ends = kwargs.get("eos_token_id", own.eos_token_id)
-        # one given token that ends and pads, and is not the tokenizer's, asks for responses of one length, as in TRL 0.7
-        if "eos_token_id" in kwargs and ends == kwargs["pad_token_id"]:
-            ends = None
-        ends = torch.tensor(sorted(self.end_tokens(ends)), device=self.accelerator.device)
+        ends = self.end_tokens(kwargs.get("eos_token_id", own.eos_token_id))
+        ends = torch.tensor(sorted(ends), device=self.accelerator.device)
         model.eval()
         by_length = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding within a batch
         try:
@@ -570,7 +568,7 @@ class PPOTrainer:
         """-> generation_kwargs made ready; is it plain sampling, through DrawToken? Anything that samples from another
         distribution than the one that is scored is told. own: the model's generation_config."""
         if "generation_config" in kwargs:
-            raise ValueError("generate takes no generation_config: give its settings one by one (max_new_tokens=..., ...)")
+            raise ValueError("generation_config is not taken: give its settings one by one (max_new_tokens=..., ...)")
         kwargs = {"temperature": self.config.temperature, **kwargs}
         # what follows a response's end is cut off; some models warn where they see their padding token
         fill = self.tokenizer.pad_token_id if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
@@ -591,7 +589,7 @@ class PPOTrainer:
         if other:
             return {**kwargs, **settings}, False
         if kwargs.get("num_beams", 1) != 1:
-            raise ValueError("a rollout is one sampled response for each query: no beams")
+            raise ValueError(f"num_beams={kwargs['num_beams']}: a rollout is one sampled response for each query, without beams")
         draw = [TemperatureLogitsWarper(temperature)] * (temperature != 1.0) + [DrawToken()]
         kwargs["logits_processor"] = LogitsProcessorList([*kwargs.get("logits_processor", []), *draw])
         return {**kwargs, "do_sample": False}, True  # what is left for `generate` to do is greedy decoding
@@ -959,7 +957,9 @@ class PPOTrainer:
         for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
             if tracker.name == "wandb":
                 import wandb
-                vectors = {name: wandb.Histogram(vector.cpu().numpy()) for name, vector in vectors.items()}
+                # a histogram has no place for a ratio that overflowed, and its bins are too narrow for float32
+                vectors = {name: wandb.Histogram(vector[vector.isfinite()].double().cpu().numpy())
+                           for name, vector in vectors.items()}
                 tracker.log(vectors, step=self.current_step)
                 table = [[*row, reward] for row, reward in zip(rows, rewards.tolist())]
                 tracker.log_table("game_log", [*columns_to_log, "reward"], table, step=self.current_step)

@@ -1,4 +1,5 @@
-"""The mathematics of ppo.py: figures worked out by hand in the comments, and a property of each function.
+"""The mathematics of ppo.py: numbers worked out by hand in the comments, and a property of each
+function.
 
     python -m pytest -q tests/test_math.py
 """
@@ -163,7 +164,7 @@ def test_whitened_values_have_mean_0_and_variance_1_whatever_their_scale_and_wha
 
 
 def test_whitening_sees_all_ranks():
-    """Each of two ranks whitens its half as the whole would be: sums are all that they exchange."""
+    """Each of two ranks whitens its half like the whole; they exchange sums alone."""
     values, mask = torch.randn(4, 5), torch.ones(4, 5)
     whole = ppo.masked_whiten(values, mask)
     mean = values.mean()
@@ -184,8 +185,8 @@ def moments(*batches, ranks=1, gather=None):
 
 def test_running_moments_by_hand():
     # 1, 3: mean 2, std sqrt(2). 5, 7, 9: mean 7, std 2. All five: mean 5, squares 16 + 4 + 0 + 4 + 16 = 40, by 4: 10
-    running, told = moments([1.0, 3.0], [5.0, 7.0, 9.0])
-    assert told == [(2, near(2**0.5)), (7, near(2))]
+    running, batches = moments([1.0, 3.0], [5.0, 7.0, 9.0])
+    assert batches == [(2, near(2**0.5)), (7, near(2))]
     assert (running.mean, running.std, running.var, running.count) == (near(5), near(10**0.5), near(8), 5)
 
 
@@ -202,8 +203,8 @@ def test_running_moments_see_all_ranks():
 
 
 def test_one_number_alone_has_the_standard_deviation_one():
-    running, told = moments([5.0])
-    assert told == [(5, 1)] and (running.mean, running.std) == (5, 1)
+    running, batches = moments([5.0])
+    assert batches == [(5, 1)] and (running.mean, running.std) == (5, 1)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -230,17 +231,21 @@ def test_entropy_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 70), (130,)])
+def test_logprobs_and_their_gradient_are_those_of_each_row(shape):
+    """d log p(label) / d logits = onehot(label) - p, in all rows of a large batch alike."""
+    x, labels, upstream = torch.randn(*shape, 11), torch.randint(11, shape), torch.randn(shape)
+    x.requires_grad_()
+    got = ppo.logprobs_from_logits(x * 1, labels)
+    gradient, = torch.autograd.grad(got, x, upstream)
+    p = x.detach().softmax(-1)
+    onehot = torch.nn.functional.one_hot(labels, 11)
+    torch.testing.assert_close(got, (p * onehot).sum(-1).log())
+    torch.testing.assert_close(gradient, upstream[..., None] * (onehot - p))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 70), (130,)])
 def test_entropy_is_of_each_distribution_whatever_is_added_to_its_logits(shape):
     logits = torch.randn(*shape, 11)
     p = logits.softmax(-1)
     torch.testing.assert_close(ppo.entropy_from_logits(logits), -(p * p.log()).sum(-1))
     torch.testing.assert_close(ppo.entropy_from_logits(logits + 100), -(p * p.log()).sum(-1), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("budget", [1, 16, 10_000])
-def test_chunks_hold_each_row_once_and_keep_to_their_budget_with_padding(budget):
-    lengths = [7, 3, 8, 3, 1, 12, 5]
-    chunks = ppo.chunk_by_length(lengths, budget)
-    assert sorted(sum(chunks, [])) == list(range(7))
-    assert all(len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget for rows in chunks)
-    assert len(ppo.chunk_by_length(lengths, 10_000)) == 1

@@ -1,43 +1,59 @@
-"""ppo.py, one claim a test. "P1" to "P39" are known defects of TRL 0.7.10's PPO: what names one would fail there.
+"""ppo.py. "P1" to "P39" are known defects of TRL 0.7.10's PPO: a test that names one fails there.
 
     python -m pytest -q tests/test_ppo.py
 """
 import json
 import math
 import sys
+from pathlib import Path
 
 import accelerate
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 import ppo
-from common import AutoModelForCausalLMWithValueHead, InputError, disable_dropout
+from common import AutoModelForCausalLMWithValueHead, InputError, disable_dropout, set_seed
 from conftest import CAUSAL, EOS, PAD, ROWS, SEQ2SEQ, VOCAB
 
-ARCHITECTURES = CAUSAL + SEQ2SEQ
+EVERY = CAUSAL + SEQ2SEQ
+FEW = ("gpt2", "qwen3", "t5", "bart")  # learned and rotary positions, relative ones, two stacks
 START = {"t5": PAD, "bart": EOS}  # the decoder's start token
 ones = lambda *shape: torch.ones(*shape)
 scores_of = lambda *numbers: [torch.tensor(float(n)) for n in numbers]
+greedily = {"return_prompt": False, "do_sample": False}
+
+# Two orders of the same float32 sums differ by some 1e-7 of the largest term. A log-probability of
+# about 5 nats, or the ratio of two of them, is then the same to 1e-5; a mistake of 1 % is not.
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def by_hand(model, query, response, temperature=1.0):
-    """One row through the bare model, alone and unpadded -> log-softmax [R, V], log-probabilities [R], values [R]."""
-    with torch.no_grad():
-        if model.config.is_encoder_decoder:
-            logits, _, values = model(input_ids=query[None], decoder_input_ids=response[None])
-            rows, labels = slice(0, len(response) - 1), response[1:]
-        else:
-            logits, _, values = model(input_ids=torch.cat([query, response])[None])
-            rows, labels = slice(len(query) - 1, -1), response
+def row_alone(model, query, response, temperature=1.0):
+    """One row through the bare model, alone and without padding.
+
+    Returns log-softmax [R, V], log-probabilities [R], and values [R] of the response's tokens."""
+    if model.config.is_encoder_decoder:
+        logits, _, values = model(input_ids=query[None], decoder_input_ids=response[None])
+        rows, labels = slice(0, len(response) - 1), response[1:]
+    else:
+        logits, _, values = model(input_ids=torch.cat([query, response])[None])
+        rows, labels = slice(len(query) - 1, -1), response
     logp = (logits[0, rows] / temperature).log_softmax(-1)
     return logp, logp.gather(1, labels[:, None])[:, 0], values[0, rows]
 
 
+def by_hand(*args):
+    with torch.no_grad():
+        return row_alone(*args)
+
+
 def forward(trainer, queries, responses, inputs=None, masks=None):
-    """The trainer's own forward pass -> log-probabilities, values, masks, all [B, R]."""
+    """The trainer's own forward pass: log-probabilities, values, and masks, all [B, R]."""
     inputs = inputs or trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
         logprobs, _, values, masks = trainer.batched_forward_pass(
@@ -50,7 +66,8 @@ def gradient_norms(trainer):
     norms = []
 
     def note(optimizer, args, kwargs):
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters if p.grad is not None]
         norms.append(torch.stack([grad.norm() for grad in grads]).norm().item())
 
     trainer.optimizer.optimizer.register_step_pre_hook(note)
@@ -58,11 +75,17 @@ def gradient_norms(trainer):
 
 
 def sgd(model, lr=0.1):
+    """An optimizer that hides no factor of the gradient."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
+def assert_same_weights(one, two):
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
 class Say(LogitsProcessor):
-    """The model says these tokens, whatever it thinks: alike in all rows, or (a tuple) one for each row."""
+    """Force these tokens: the same in all rows, or (a tuple) one for each row."""
 
     def __init__(self, *tokens):
         self.tokens, self.width = tokens, None
@@ -74,15 +97,17 @@ class Say(LogitsProcessor):
 
 
 def say(*tokens):
-    return {"logits_processor": LogitsProcessorList([Say(*tokens)]), "max_new_tokens": len(tokens), "do_sample": False}
+    processors = LogitsProcessorList([Say(*tokens)])
+    return {"logits_processor": processors, "max_new_tokens": len(tokens), "do_sample": False}
 
 
-def heard(trainer, *tokens):
-    """What is left of these tokens as an answer."""
-    return trainer.generate([torch.tensor([5])], return_prompt=False, **say(*tokens))[0].tolist()
+def response_of(trainer, *tokens, **given):
+    """What `generate` returns when the model writes these tokens."""
+    query = torch.tensor([5])
+    return trainer.generate([query], return_prompt=False, **say(*tokens), **given)[0].tolist()
 
 
-# ------------------------------------------------------------------------------------------------ the configuration
+# --------------------------------------------------------------------------- the configuration
 @pytest.mark.parametrize("script", ["/some/where/happy.py", "happy"])
 def test_experiments_are_named_after_the_script(script, monkeypatch):
     """P37: 0.7.10 took three letters off whatever stood in argv."""
@@ -98,92 +123,212 @@ def test_steps_are_samples_and_give_the_number_of_updates(make_trainer):
 
 def test_sizes_are_products_of_sizes(make_trainer):
     c = make_trainer(batch_size=12, mini_batch_size=2, gradient_accumulation_steps=3).config
-    assert (c.backward_batch_size, c.global_backward_batch_size, c.global_batch_size, c.world_size) == (6, 6, 12, 1)
+    sizes = (c.backward_batch_size, c.global_backward_batch_size, c.global_batch_size)
+    assert sizes == (6, 6, 12) and c.world_size == 1
 
 
-@pytest.mark.parametrize("arch, lora, seq2seq", [("gpt2", None, False), ("gpt2", "fresh", False), ("t5", None, True)])
-def test_what_the_model_is_is_known_at_run_time(make_trainer, make_model, arch, lora, seq2seq):
+@pytest.mark.parametrize("arch, lora, seq2seq", [
+    ("gpt2", None, False), ("gpt2", "fresh", False), ("t5", None, True)])
+def test_the_kind_of_model_is_known_at_run_time(make_trainer, make_model, arch, lora, seq2seq):
     c = make_trainer(make_model(arch, lora=lora)).config
     assert (c.is_encoder_decoder, c.is_peft_model) == (seq2seq, bool(lora))
 
 
-def test_forward_batch_size_is_the_old_name_of_mini_batch_size():
-    with pytest.warns(UserWarning, match="mini_batch_size"):
-        assert ppo.PPOConfig(batch_size=8, forward_batch_size=4).backward_batch_size == 4
+@pytest.mark.parametrize("old, value, new, want", [
+    ("forward_batch_size", 4, "mini_batch_size", 4),
+    ("optimize_cuda_cache", True, "optimize_device_cache", True)])  # P20
+def test_an_old_name_sets_the_new_one(old, value, new, want):
+    with pytest.warns(UserWarning, match=new):
+        config = ppo.PPOConfig(batch_size=8, **{old: value})
+    assert getattr(config, new) == want
+    assert config.backward_batch_size == config.mini_batch_size
 
 
-def test_optimize_cuda_cache_is_the_old_name_of_optimize_device_cache():
-    """P20: it was read once, at import, so that it never did anything."""
-    with pytest.warns(UserWarning, match="optimize_device_cache"):
-        assert ppo.PPOConfig(optimize_cuda_cache=True).optimize_device_cache is True
-
-
-@pytest.mark.parametrize("wrong, told", [
-    ({"batch_size": 6, "mini_batch_size": 4}, "not a multiple"),
-    ({"batch_size": 6, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "not a multiple"),
-    ({"mini_batch_size": 0}, "mini_batch_size=0"), ({"steps": 0}, "steps=0"), ({"temperature": 0.0}, "temperature=0"),
-    ({"compare_steps": 0}, "compare_steps"), ({"kl_penalty": "k3"}, "k3"),
-    ({"push_to_hub_if_best_kwargs": {"private": True}}, "repo_id")])
-def test_a_wrong_configuration_is_refused_by_name(wrong, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize("wrong, named", [
+    ({"batch_size": 6, "mini_batch_size": 4}, "batch_size=6"),
+    ({"batch_size": 6, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size=6"),
+    ({"mini_batch_size": 0}, "mini_batch_size=0"),
+    ({"steps": 0}, "steps=0"),
+    ({"temperature": 0.0}, "temperature=0"),
+    ({"compare_steps": 0}, "compare_steps=0"),
+    ({"target": -1}, "target=-1"),
+    ({"kl_penalty": "k3"}, "kl_penalty='k3'"),
+    ({"push_to_hub_if_best_kwargs": {"private": True}}, "push_to_hub_if_best_kwargs")])
+def test_a_wrong_configuration_is_refused_by_the_argument_s_name(wrong, named):
+    with pytest.raises(ValueError, match=named):
         ppo.PPOConfig(**wrong)
 
 
-def test_a_configuration_can_be_written_down():
+def test_a_configuration_can_be_written_as_json():
     assert json.loads(json.dumps(ppo.PPOConfig(exp_name="a").to_dict()))["exp_name"] == "a"
 
 
-@pytest.mark.parametrize("wished", [True, False])
-def test_the_device_cache_is_emptied_where_wished(make_trainer, make_batch, monkeypatch, wished):
-    trainer, calls = make_trainer(optimize_device_cache=wished), []
-    monkeypatch.setattr(ppo, "clear_device_cache", lambda **kwargs: calls.append(1))
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_device_cache_is_emptied_only_when_asked(asked, make_trainer, make_batch, monkeypatch):
+    trainer, calls = make_trainer(optimize_device_cache=asked), []
+    monkeypatch.setattr(accelerate.utils.memory, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
     trainer.step(*make_batch())
-    assert len(calls) == wished
+    assert bool(calls) == asked
 
 
-def test_accelerator_kwargs_reach_the_accelerator(make_trainer, make_batch):
-    trainer = make_trainer(accelerator_kwargs={"mixed_precision": "bf16"})
-    assert trainer.accelerator.mixed_precision == "bf16"
-    trainer.step(*make_batch())
-    stats = trainer.step(*make_batch())
+def test_sampling_scoring_and_training_have_one_precision(make_trainer, make_model, make_batch):
+    """Responses sampled in float32 and scored in bfloat16 would come from another policy."""
+    trainer = make_trainer("qwen3", ref_model=make_model("qwen3", seed=3),
+                           accelerator_kwargs={"mixed_precision": "bf16"})
+    seen = []
+
+    def note(of):
+        return lambda *args: seen.append((of, torch.is_grad_enabled(), args[2].dtype))
+
+    for of, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        for module in model.pretrained_model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(note(of))
+    half = torch.bfloat16
+    queries, responses, scores = make_batch()
+    trainer.generate(queries, generate_ref_response=True, do_sample=True, max_new_tokens=2)
+    assert set(seen) == {("policy", False, half), ("reference", False, half)}
+    seen.clear()
+    stats = trainer.step(queries, responses, scores)
+    assert set(seen) == {("policy", False, half), ("reference", False, half), ("policy", True, half)}
+    # the sums over a vocabulary, the value head, and the weights keep float32
+    _, _, values, _ = trainer.batched_forward_pass(
+        trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses))
+    assert values.dtype == stats["objective/logprobs"].dtype == torch.float32
+    assert (values != values.bfloat16()).any()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
-    assert math.isfinite(stats["ppo/loss/total"]) and stats["objective/logprobs"].dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ a step, on any model
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_step_moves_the_whole_policy_and_never_the_reference(arch, make_trainer, make_batch, weights, moved):
+# --------------------------------------------------------------------------- a step, on any model
+def plain_update(policy, reference, batch, masks, c, lr):
+    """One PPO update with SGD, one row at a time and without padding, straight from the papers.
+
+    c: a PPOConfig; each of its epochs is one optimizer step on the whole batch."""
+    rows = [(query, response) for query, response in zip(*batch[:2])]
+    keep = [torch.as_tensor(mask).bool() for mask in masks]
+    with torch.no_grad():
+        old = [row_alone(policy, *row, c.temperature) for row in rows]
+        ref = [row_alone(reference, *row, c.temperature) for row in rows]
+    rewards, values = [], []
+    for (logp, logprob, value), (ref_logp, ref_logprob, _), score, k in zip(old, ref, batch[2], keep):
+        difference = logprob - ref_logprob
+        penalty = {"kl": difference, "abs": difference.abs(), "mse": difference**2 / 2,
+                   "full": (logp.exp() * (logp - ref_logp)).sum(-1)}[c.kl_penalty]
+        reward = -c.init_kl_coef * penalty[k]
+        reward[-1] += score
+        rewards.append(reward)
+        values.append(value[k])
+    if c.whiten_rewards:
+        pool = torch.cat(rewards)
+        rewards = [(reward - pool.mean()) / pool.std() + pool.mean() for reward in rewards]
+    advantages = []
+    for reward, value in zip(rewards, values):
+        delta = reward + c.gamma * torch.cat([value[1:], torch.zeros(1)]) - value
+        advantages += [sum((c.gamma * c.lam) ** (k - t) * delta[k] for k in range(t, len(delta)))
+                       for t in range(len(delta))]
+    advantages, values = torch.stack(advantages), torch.cat(values)
+    returns = advantages + values
+    advantages = (advantages - advantages.mean()) / advantages.std()
+    old_logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(old, keep)])
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for _ in range(c.ppo_epochs):
+        new = [row_alone(policy, *row, c.temperature) for row in rows]
+        ratio = (torch.cat([logprob[k] for (_, logprob, _), k in zip(new, keep)]) - old_logprobs).exp()
+        vpred = torch.cat([value[k] for (_, _, value), k in zip(new, keep)])
+        clipped = ratio.clamp(1 - c.cliprange, 1 + c.cliprange)
+        near = values + (vpred - values).clamp(-c.cliprange_value, c.cliprange_value)
+        gain = torch.minimum(ratio * advantages, clipped * advantages).mean()
+        error = torch.maximum((vpred - returns) ** 2, (near - returns) ** 2).mean()
+        grads = torch.autograd.grad(-gain + c.vf_coef * error / 2, parameters, materialize_grads=True)
+        length = torch.stack([grad.norm() for grad in grads]).norm()
+        shrink = min(1.0, (c.max_grad_norm or math.inf) / length.item())
+        with torch.no_grad():
+            for p, grad in zip(parameters, grads):
+                p -= lr * shrink * grad
+    return (ratio.detach() - 1).abs().max()
+
+
+@pytest.mark.parametrize("arch, masked, settings", [
+    ("gpt2", False, {"kl_penalty": "kl"}),
+    ("gpt2", True, {"kl_penalty": "abs", "mini_batch_size": 1, "gradient_accumulation_steps": 4,
+                    "max_grad_norm": 0.3, "cliprange": 0.05, "vf_coef": 0.5}),
+    ("qwen3", False, {"kl_penalty": "full", "temperature": 0.7, "whiten_rewards": True,
+                      "gamma": 0.9, "lam": 0.8, "cliprange_value": 0.05}),
+    ("t5", True, {"kl_penalty": "mse", "mini_batch_size": 2, "gradient_accumulation_steps": 2,
+                  "init_kl_coef": 0.5})])
+def test_an_update_is_what_plain_rows_give(arch, masked, settings, make_trainer, make_model,
+                                           make_batch, weights):
+    lr = 0.02 if arch == "qwen3" else 0.1
+    batch = make_batch(((3, 4), (6, 2), (2, 7), (4, 3)), start=START.get(arch))
+    full = [[1] * 4, [1] * 2, [1] * 7, [1] * 3]
+    masks = [[1, 0, 1, 1], [0, 1], [1, 1, 0, 0, 1, 1, 0], [1, 1, 1]] if masked else full
+    policy, plain, reference = make_model(arch), make_model(arch), make_model(arch, seed=3)
+    plain.load_state_dict(policy.state_dict())
+    trainer = make_trainer(policy, ref_model=reference, optimizer=sgd(policy, lr), ppo_epochs=3,
+                           **settings)
+    disable_dropout(plain)
+    before = weights(policy)
+    start = [0] * (arch in SEQ2SEQ)  # a mask covers the decoder's start token, which never counts
+    given = [torch.tensor(start + mask) for mask in masks] if masked else None
+    trainer.step(*batch, given)
+    assert plain_update(plain, reference, batch, masks, trainer.config, lr) > trainer.config.cliprange
+    for (name, got), want in zip(policy.named_parameters(), plain.parameters(), strict=True):
+        # float32 sums in another order: some 1e-6 of a whole move
+        moved, error = (want - before[name]).abs().max(), (got - want).abs().max()
+        assert error <= 1e-3 * moved + 1e-6, name
+
+
+@pytest.mark.parametrize("arch", FEW)
+def test_a_step_moves_the_whole_policy_and_never_the_reference(
+        arch, make_trainer, make_batch, weights, moved):
     trainer = make_trainer(arch)
     policy, reference = weights(trainer.model), weights(trainer.ref_model)
     trainer.step(*make_batch(start=START.get(arch)))
     still = set(policy) - moved(policy, trainer.model)
-    assert all("k_proj.bias" in name for name in still)  # a bias of the keys has no gradient: the softmax takes it out
+    # the softmax over the keys removes what is added to all of them: their bias has no gradient
+    assert all("k_proj.bias" in name for name in still)
     assert not moved(reference, trainer.ref_model)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_logprobs_and_values_are_the_model_s_own(arch, temperature, make_trainer, make_batch):
+@pytest.mark.parametrize("arch, temperature", [*((arch, 0.7) for arch in EVERY), ("gpt2", 1.0)])
+def test_logprobs_and_values_are_those_of_each_row_alone(arch, temperature, make_trainer, make_batch):
     trainer = make_trainer(arch, temperature=temperature)
     queries, responses, _ = make_batch(start=START.get(arch))
     logprobs, values, masks = forward(trainer, queries, responses)
+    assert masks.tolist() == [[1] * r + [0] * (5 - r) for _, r in ROWS]
     for i, (query, response) in enumerate(zip(queries, responses)):
         _, logprob, value = by_hand(trainer.model, query, response, temperature)
-        torch.testing.assert_close(logprobs[i][masks[i] > 0], logprob, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(values[i][masks[i] > 0], value, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logprobs[i][masks[i] > 0], logprob, **CLOSE)
+        torch.testing.assert_close(values[i][masks[i] > 0], value, **CLOSE)
+    assert not logprobs[masks == 0].any() and not values[masks == 0].any()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_a_large_batch_has_the_logprobs_of_its_rows(arch, make_trainer, make_batch):
+    """However the rows are divided into forward passes."""
+    trainer = make_trainer(arch)
+    lengths = [(1 + 7 * i % 40, 1 + 11 * i % 20) for i in range(90)]  # 3,000 tokens with padding
+    queries, responses, _ = make_batch(lengths, start=START.get(arch))
+    logprobs, values, masks = forward(trainer, queries, responses)
+    assert masks.sum(1).tolist() == [r for _, r in lengths]
+    for i in range(0, 90, 9):
+        _, logprob, value = by_hand(trainer.model, queries[i], responses[i])
+        torch.testing.assert_close(logprobs[i][masks[i] > 0], logprob, **CLOSE)
+        torch.testing.assert_close(values[i][masks[i] > 0], value, **CLOSE)
+
+
+@pytest.mark.parametrize("arch", FEW)
 def test_the_ratio_is_one_until_the_first_optimizer_step(arch, make_trainer, make_batch):
-    """P2, P32: the sanity check of every PPO run. Dropout, padding or temperature on one side alone would break it."""
-    stats = make_trainer(arch, mini_batch_size=2, gradient_accumulation_steps=2, temperature=0.8).step(
-        *make_batch(start=START.get(arch)))
-    torch.testing.assert_close(stats["ppo/policy/ratio"], ones(14), atol=2e-6, rtol=0)
-    assert stats["ppo/policy/approxkl"] < 1e-11 and stats["ppo/policy/clipfrac"] == 0
+    """P2, P32: dropout, padding, or temperature on one side alone would break it."""
+    trainer = make_trainer(arch, mini_batch_size=2, gradient_accumulation_steps=2, temperature=0.8)
+    stats = trainer.step(*make_batch(start=START.get(arch)))
+    torch.testing.assert_close(stats["ppo/policy/ratio"], ones(14), **CLOSE)
+    assert stats["ppo/policy/approxkl"] < 1e-9 and stats["ppo/policy/clipfrac"] == 0
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "t5"])
-def test_what_was_praised_becomes_likelier_and_what_was_blamed_less(arch, make_trainer, make_batch):
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_praise_makes_a_response_likelier_and_blame_less_likely(arch, make_trainer, make_batch):
     trainer = make_trainer(arch, ppo_epochs=4)
     queries, responses, _ = make_batch(((3, 4), (3, 4), (3, 4), (3, 4)), start=START.get(arch))
     before = forward(trainer, queries, responses)[0].sum(1)
@@ -202,100 +347,142 @@ def test_the_first_token_that_an_encoder_decoder_generates_is_trained(make_train
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_a_step_takes_any_number_of_rows(rows, make_trainer, make_batch):
-    """P26: just batch_size rows were taken."""
+    """P26: only batch_size rows were taken."""
     trainer = make_trainer(mini_batch_size=2)
     norms = gradient_norms(trainer)
     stats = trainer.step(*make_batch(ROWS[:1] * rows))
     assert len(stats["objective/kl_dist"]) == rows and len(norms) == math.ceil(rows / 2)
 
 
-# ------------------------------------------------------------------------------------------------ the policy answers
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_that_are_answered_together_are_answered_as_alone(arch, make_trainer, make_batch):
-    """P5: padding beside a longer query must not shift a row's positions."""
+# --------------------------------------------------------------------------- responses
+@pytest.mark.parametrize("arch", EVERY)
+def test_a_query_has_the_same_response_in_a_batch_as_alone(arch, make_trainer, make_batch):
+    """P5: the padding next to a longer query must not shift a row's positions."""
     trainer = make_trainer(arch)
     queries, _, _ = make_batch()
-    together = trainer.generate(queries, return_prompt=False, do_sample=False, max_new_tokens=5)
-    for query, answer in zip(queries, together):
-        alone = trainer.model.generate(query[None], do_sample=False, max_new_tokens=5, pad_token_id=PAD)[0]
-        assert answer.tolist() == (alone if arch in SEQ2SEQ else alone[len(query):]).tolist()
+    together = trainer.generate(queries, max_new_tokens=5, **greedily)
+    for query, response in zip(queries, together):
+        alone = trainer.model.generate(query[None], do_sample=False, max_new_tokens=5,
+                                       pad_token_id=PAD)[0]
+        assert response.tolist() == (alone if arch in SEQ2SEQ else alone[len(query):]).tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_answers_come_in_the_order_of_the_queries(batch_size, make_trainer, make_batch):
+def test_responses_come_in_the_order_of_the_queries(batch_size, make_trainer, make_batch):
     trainer, (queries, _, _) = make_trainer(), make_batch()
     rows = trainer.generate(queries, batch_size=batch_size, do_sample=False, max_new_tokens=2)
-    assert all(row[:len(query)].tolist() == query.tolist() and len(row) == len(query) + 2
-               for row, query in zip(rows, queries))
+    for row, query in zip(rows, queries, strict=True):
+        assert row[:len(query)].tolist() == query.tolist() and len(row) == len(query) + 2
 
 
 @pytest.mark.parametrize("return_prompt", [True, False])
 def test_one_query_gives_one_row(return_prompt, make_trainer):
     query = torch.tensor([5, 6, 7])
-    answer = make_trainer().generate(query, return_prompt=return_prompt, do_sample=False, max_new_tokens=4)
-    assert answer.shape == (1, 4 + 3 * return_prompt)
+    row = make_trainer().generate(query, return_prompt=return_prompt, do_sample=False,
+                                  max_new_tokens=4)
+    assert row.shape == (1, 4 + 3 * return_prompt)
 
 
 def test_the_length_sampler_is_asked_for_each_batch(make_trainer, make_batch):
     queries, _, _ = make_batch(((3, 1),) * 4)
     lengths = iter([2, 5])
-    rows = make_trainer().generate(queries, length_sampler=lambda: next(lengths), batch_size=2, return_prompt=False,
-                                   do_sample=False, eos_token_id=None)
+    rows = make_trainer().generate(queries, length_sampler=lambda: next(lengths), batch_size=2,
+                                   eos_token_id=None, **greedily)
     assert sorted(map(len, rows)) == [2, 2, 5, 5]
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_model_s_own_length_holds_unless_another_is_given(do_sample, make_trainer):
+    trainer = make_trainer()
+    trainer.model.pretrained_model.generation_config.max_new_tokens = 3
+    row = trainer.generate(torch.tensor([5]), return_prompt=False, do_sample=do_sample)
+    assert row.shape == (1, 3)
+    row = trainer.generate(torch.tensor([5]), return_prompt=False, do_sample=do_sample,
+                           max_new_tokens=5)
+    assert row.shape == (1, 5)
+
+
 @pytest.mark.parametrize("lora", [None, "trained"])
-def test_the_reference_answers_too_where_asked(lora, make_trainer, make_model, make_batch):
+def test_the_reference_responds_too_when_asked(lora, make_trainer, make_model, make_batch):
     trainer = make_trainer(make_model(lora=lora), ref_model=make_model(seed=7))
     queries, _, _ = make_batch()
-    greedy = {"return_prompt": False, "do_sample": False, "max_new_tokens": 4}
-    responses, references = trainer.generate(queries, generate_ref_response=True, **greedy)
-    assert [row.tolist() for row in responses] == [row.tolist() for row in trainer.generate(queries, **greedy)]
+    responses, references = trainer.generate(queries, generate_ref_response=True, max_new_tokens=4,
+                                             **greedily)
+    policy = trainer.generate(queries, max_new_tokens=4, **greedily)
+    assert [row.tolist() for row in responses] == [row.tolist() for row in policy]
     for query, row in zip(queries, references):
-        alone = trainer.ref_model.generate(query[None], pad_token_id=PAD, **{**greedy, "return_prompt": None})[0]
+        alone = trainer.ref_model.generate(query[None], pad_token_id=PAD, do_sample=False,
+                                           max_new_tokens=4)[0]
         assert row.tolist() == alone[len(query):].tolist()
 
 
-def test_the_reference_of_an_adapter_answers_as_the_policy_once_did(make_trainer, make_model, make_batch):
-    trainer, (queries, responses, scores) = make_trainer(make_model(lora="trained"), learning_rate=0.03), make_batch()
-    greedy = {"return_prompt": False, "do_sample": False, "max_new_tokens": 6}
-    first = [row.tolist() for row in trainer.generate(queries, **greedy)]
+def test_the_reference_of_an_adapter_responds_as_the_policy_first_did(
+        make_trainer, make_model, make_batch):
+    trainer = make_trainer(make_model(lora="trained"), learning_rate=0.03)
+    queries, responses, scores = make_batch()
+    first = [row.tolist() for row in trainer.generate(queries, max_new_tokens=6, **greedily)]
     trainer.step(queries, responses, scores)
-    policy, reference = trainer.generate(queries, generate_ref_response=True, **greedy)
+    policy, reference = trainer.generate(queries, generate_ref_response=True, max_new_tokens=6,
+                                         **greedily)
     assert [row.tolist() for row in reference] == first != [row.tolist() for row in policy]
     assert trainer.model.pretrained_model.active_adapter == "default"
 
 
-def test_an_answer_ends_after_its_own_end_not_at_one_in_the_query(make_trainer):
-    """P14: prompt and answer were searched together."""
+def test_a_response_ends_after_its_own_end_token_not_at_one_in_the_query(make_trainer):
+    """P14: prompt and response were searched together."""
     query = torch.tensor([5, EOS, 6])
     (row,) = make_trainer().generate([query], **say(7, 8, EOS, 9))
     assert row.tolist() == [5, EOS, 6, 7, 8, EOS]
 
 
-def test_a_tokenizer_whose_texts_begin_with_the_end_token_gets_its_answers(make_trainer, make_tokenizer):
-    """P14: where bos is eos (GPT-2, OPT), an answer was one token long."""
+def test_a_tokenizer_whose_texts_begin_with_the_end_token_gets_its_responses(
+        make_trainer, make_tokenizer):
+    """P14: where bos is eos (GPT-2, OPT), a response was one token long."""
     trainer = make_trainer(tokenizer=make_tokenizer(bos_token="</s>", pad_token="</s>"))
     query = torch.tensor([EOS, 5])
     assert trainer.generate([query], **say(7, 8, 9))[0].tolist() == [EOS, 5, 7, 8, 9]
-    assert trainer.generate([query], return_prompt=False, **say(7, EOS, 9))[0].tolist() == [7, EOS]
+    rows = trainer.generate([query], return_prompt=False, **say(7, EOS, 9))
+    assert rows[0].tolist() == [7, EOS]
 
 
 def test_a_decoder_that_starts_with_the_end_token_goes_on(make_trainer):
     """P14: BART's decoder starts with </s>; every response was that one token."""
-    assert make_trainer("bart").generate([torch.tensor([5, 6])], **say(7, 8, EOS, 9))[0].tolist() == [EOS, 7, 8, EOS]
+    rows = make_trainer("bart").generate([torch.tensor([5, 6])], **say(7, 8, EOS, 9))
+    assert rows[0].tolist() == [EOS, 7, 8, EOS]
 
 
-def test_any_of_the_model_s_end_tokens_ends_an_answer(make_trainer):
+def test_any_of_the_model_s_end_tokens_ends_a_response(make_trainer):
     trainer = make_trainer()
     trainer.model.pretrained_model.generation_config.eos_token_id = [50, 51]
     for end in (50, 51, EOS):
-        assert heard(trainer, 7, end, 9) == [7, end]
+        assert response_of(trainer, 7, end, 9) == [7, end]
+
+
+@pytest.mark.parametrize("given", [
+    {"eos_token_id": 50}, {"eos_token_id": [50]}, {"eos_token_id": [51, 50]},
+    {"eos_token_id": 50, "pad_token_id": 50}, {"eos_token_id": 50, "pad_token_id": PAD},
+    {"eos_token_id": [EOS, 50], "pad_token_id": 50}])
+def test_a_response_ends_after_its_first_end_token_given_or_the_tokenizer_s(given, make_trainer):
+    """Whatever fills the rest of the row: padding is never part of a response."""
+    trainer = make_trainer()
+    queries = [torch.tensor([5]), torch.tensor([6]), torch.tensor([8])]
+    forced = say((7, 9, 8), (50, 8, EOS), (6, 50, 6), (6, 50, 6), (7, 7, 7))
+    rows = trainer.generate(queries, return_prompt=False, **forced, **given)
+    assert [row.tolist() for row in rows] == [[7, 50], [9, 8, 50], [8, EOS]]
+
+
+def test_an_end_token_of_minus_one_leaves_the_tokenizer_s(make_trainer):
+    """The settings of TRL 0.7's first example; no token has the id -1."""
+    given = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "pad_token_id": EOS, "eos_token_id": -1}
+    for do_sample in (False, True):
+        forced = {**say(7, 8, EOS, 9), "do_sample": do_sample}
+        row = make_trainer().generate(torch.tensor([5]), return_prompt=False, **forced, **given)
+        assert row.tolist() == [[7, 8, EOS]]
 
 
 @pytest.mark.parametrize("given", [{}, {"pad_token_id": PAD}, {"pad_token_id": EOS}])
 @pytest.mark.parametrize("end", [EOS, PAD])
-def test_what_fills_a_row_after_its_end_is_no_part_of_the_answer(end, given, make_trainer):
+def test_what_fills_a_row_after_its_end_is_no_part_of_the_response(end, given, make_trainer):
     """Chat models often have two end tokens, and one of them is their padding."""
     trainer, queries = make_trainer(), [torch.tensor([5]), torch.tensor([6])]
     trainer.model.pretrained_model.generation_config.eos_token_id = [EOS, PAD]
@@ -304,40 +491,47 @@ def test_what_fills_a_row_after_its_end_is_no_part_of_the_answer(end, given, mak
 
 
 def test_a_padding_token_that_is_no_end_token_ends_nothing(make_trainer):
-    assert heard(make_trainer(), 7, PAD, 8) == [7, PAD, 8]
+    assert response_of(make_trainer(), 7, PAD, 8) == [7, PAD, 8]
 
 
-def test_without_an_end_token_answers_have_full_length(make_trainer, make_tokenizer):
+def test_without_an_end_token_responses_have_full_length(make_trainer, make_tokenizer):
     trainer = make_trainer(tokenizer=make_tokenizer(eos_token=None))
     trainer.model.pretrained_model.generation_config.eos_token_id = None
-    assert heard(trainer, 7, EOS, 8) == [7, EOS, 8]
+    assert response_of(trainer, 7, EOS, 8) == [7, EOS, 8]
 
 
 def test_a_failed_generation_leaves_everything_as_it_was(make_trainer):
     """P15: tokenizer.padding_side stayed "left" for the rest of the run."""
     trainer = make_trainer()
     trainer.model.train()
+    trainer.model.pretrained_model.generation_config.top_k = 7
     with pytest.raises(Exception, match="nonsense"):
-        trainer.generate([torch.tensor([5])], nonsense=1)
+        trainer.generate([torch.tensor([5])], do_sample=True, nonsense=1)
     assert trainer.tokenizer.padding_side == "right" and trainer.model.training
+    assert trainer.model.pretrained_model.generation_config.top_k == 7
 
 
-def test_scores_of_generation_are_refused(make_trainer):
-    """P36: an unrelated error deep inside."""
-    with pytest.raises(ValueError, match="tokens alone"):
-        make_trainer().generate([torch.tensor([5])], return_dict_in_generate=True, output_scores=True)
+@pytest.mark.parametrize("given", [
+    {"return_dict_in_generate": True},  # P36: an unrelated error deep inside
+    {"do_sample": True, "num_beams": 2}, {"do_sample": True, "num_return_sequences": 2},
+    {"num_return_sequences": 2, "num_beams": 2}, {"generation_config": None}])
+def test_settings_that_give_something_else_than_one_response_per_query_are_refused(
+        given, make_trainer):
+    queries = [torch.tensor([5]), torch.tensor([6])]
+    with pytest.raises(ValueError, match="|".join(set(given) - {"do_sample"})):
+        make_trainer().generate(queries, max_new_tokens=2, **given)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_policy_that_answers_is_the_policy_that_is_scored(arch, make_trainer, make_batch):
-    """P2: after the first step answers were sampled with dropout."""
+@pytest.mark.parametrize("arch", FEW)
+def test_the_policy_that_responds_is_the_policy_that_is_scored(arch, make_trainer, make_batch):
+    """P2: after the first step responses were sampled with dropout."""
     trainer = make_trainer(arch, learning_rate=1e-5)
     trainer.step(*make_batch(start=START.get(arch)))
-    greedy = {"return_prompt": False, "do_sample": False, "max_new_tokens": 8}
-    answers = {tuple(row.tolist()) for row in trainer.generate([torch.tensor([5, 6, 7])] * 8, **greedy)}
-    assert len(answers) == 1
-    logp, _, _ = by_hand(trainer.model, torch.tensor([5, 6, 7]), torch.tensor(*answers))  # greedy: always the likeliest
-    assert logp.argmax(1).tolist() == list(*answers)[arch in SEQ2SEQ:]
+    query = torch.tensor([5, 6, 7])
+    rows = trainer.generate([query] * 8, max_new_tokens=8, **greedily)
+    assert len({tuple(row.tolist()) for row in rows}) == 1
+    logp, _, _ = by_hand(trainer.model, query, rows[0])  # greedy: always the likeliest token
+    assert logp.argmax(1).tolist() == rows[0][arch in SEQ2SEQ:].tolist()
 
 
 def test_dropout_is_off_wherever_a_model_keeps_it(make_model):
@@ -347,154 +541,119 @@ def test_dropout_is_off_wherever_a_model_keeps_it(make_model):
     assert torch.equal(model(tokens)[0], model(tokens)[0]) and model.training
 
 
-# ------------------------------------------------------------------------------------------------ the sampler
-def test_draw_token_draws_from_the_distribution_and_never_what_has_probability_zero():
-    p = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0])
-    n = 40_000
-    out = ppo.DrawToken()(None, p.log().expand(n, -1))
-    assert (out.isfinite().sum(1) == 1).all() and (out.max(1).values == 0).all()
-    share = out.argmax(1).bincount(minlength=7) / n
-    assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
-
-
-@pytest.mark.parametrize("number, token", [(0.0, 1), (0.0999, 1), (0.1001, 2), (1 - 2**-24, 5)])
-def test_draw_token_inverts_the_distribution_function_up_to_its_ends(number, token, monkeypatch):
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, number))
-    p = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.3, 0.4, 0.0]])
-    assert ppo.DrawToken()(None, p.log()).argmax() == token
-
-
+# --------------------------------------------------------------------------- sampling
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampling_and_scoring_have_one_temperature(temperature, make_trainer):
     """P32: log-probabilities were always those of temperature 1."""
-    n, query = 8000, torch.tensor([5, 6, 7])
+    n, query = 4000, torch.tensor([5, 6, 7])
     trainer = make_trainer(temperature=temperature)
-    rows = trainer.generate([query] * n, batch_size=n, return_prompt=False, do_sample=True, max_new_tokens=1)
+    rows = trainer.generate([query] * n, batch_size=n, return_prompt=False, do_sample=True,
+                            max_new_tokens=1)
     tokens = [torch.tensor([i]) for i in range(VOCAB)]
     p = forward(trainer, [query] * VOCAB, tokens)[0][:, 0].exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    assert ((torch.cat(rows).bincount(minlength=VOCAB) / n - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+    drawn = torch.cat(rows).bincount(minlength=VOCAB) / n
+    deviation = (p * (1 - p) / n).sqrt()
+    assert ((drawn - p).abs() <= 4.5 * deviation + 1e-9).all()
+
+
+class Probabilities(LogitsProcessor):
+    """The model gives the tokens these probabilities, and all others none."""
+
+    def __init__(self, p):
+        self.p = torch.zeros(VOCAB).scatter(0, torch.tensor(list(p)), torch.tensor(list(p.values())))
+
+    def __call__(self, input_ids, scores):
+        return self.p.log().expand(len(scores), -1)
+
+
+def test_a_token_is_drawn_as_often_as_it_is_probable_and_never_at_probability_zero(make_trainer):
+    n, p = 4000, {4: 0.1, 5: 0.2, 50: 0.3, VOCAB - 1: 0.4}
+    processors = LogitsProcessorList([Probabilities(p)])
+    rows = make_trainer().generate([torch.tensor([7])] * n, batch_size=n, return_prompt=False,
+                                   do_sample=True, max_new_tokens=2, logits_processor=processors)
+    for position in (0, 1):
+        drawn = torch.stack(rows)[:, position].bincount(minlength=VOCAB) / n
+        assert drawn.nonzero()[:, 0].tolist() == list(p)
+        for token, probability in p.items():
+            deviation = (probability * (1 - probability) / n) ** 0.5
+            assert drawn[token].item() == pytest.approx(probability, abs=4.5 * deviation)
+    first, second = torch.stack(rows).T  # two draws of one row are independent: 0.1^2 + ... + 0.4^2
+    assert (first == second).float().mean().item() == pytest.approx(0.3, abs=4.5 * (0.21 / n) ** 0.5)
 
 
 def sampled(trainer, **given):
-    """300 samples of one token -> a list."""
-    ppo.set_seed(0)
-    rows = trainer.generate([torch.arange(4, 64)] * 300, batch_size=300, return_prompt=False, do_sample=True,
-                            max_new_tokens=1, **given)
+    """300 samples of one token."""
+    set_seed(0)
+    rows = trainer.generate([torch.arange(4, 64)] * 300, batch_size=300, return_prompt=False,
+                            do_sample=True, max_new_tokens=1, **given)
     return torch.cat(rows).tolist()
 
 
-@pytest.mark.parametrize("given", [{"top_k": 2}, {"top_p": 0.3}, {"temperature": 0.2}, {"min_p": 0.9}, {"repetition_penalty": 1e3}])
-def test_sampling_from_another_distribution_than_is_scored_is_told(given, make_trainer):
+@pytest.mark.parametrize("given", [
+    {"top_k": 2}, {"top_p": 0.3}, {"temperature": 0.2}, {"min_p": 0.9},
+    {"repetition_penalty": 1e3}, {"suppress_tokens": list(range(4, 60))}])
+def test_sampling_from_another_distribution_than_is_scored_is_warned_about(given, make_trainer):
     """P32"""
     trainer = make_trainer(temperature=2.0)
-    with pytest.warns(UserWarning, match="another policy"):
+    with pytest.warns(UserWarning, match=list(given)[0]):
         tokens = sampled(trainer, **given)
     assert len(set(tokens)) < 0.8 * len(set(sampled(trainer)))
 
 
-@pytest.mark.parametrize("own", [{"top_k": 1}, {"top_p": 0.01}, {"temperature": 0.01}, {"min_p": 0.9},
-                                 {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 2},
-                                 {"min_new_tokens": 1}, {"suppress_tokens": [4, 5, 6]}, {"forced_eos_token_id": EOS}])
-def test_the_model_s_own_sampling_settings_are_left_out(own, make_trainer):
+@pytest.mark.parametrize("own", [
+    {"top_k": 1, "top_p": 0.01, "temperature": 0.01}, {"min_p": 0.9},
+    {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1}, {"num_beams": 2},
+    {"min_new_tokens": 1, "suppress_tokens": [4, 5, 6]}, {"forced_eos_token_id": EOS}])
+def test_the_model_s_own_sampling_settings_are_left_out(own, make_trainer, recwarn):
     """P32: they belong to chats; a rollout samples from what is scored."""
     trainer = make_trainer()
     plain = sampled(trainer)
     trainer.model.pretrained_model.generation_config.update(**own)
-    assert sampled(trainer) == plain
+    assert sampled(trainer) == plain and len(set(plain)) > 20
 
 
 def test_generation_does_not_sample_unless_asked(make_trainer):
-    rows = make_trainer(temperature=9.0).generate([torch.tensor([5])] * 20, batch_size=20, max_new_tokens=3)
+    trainer, query = make_trainer(temperature=9.0), torch.tensor([5])
+    rows = trainer.generate([query] * 20, batch_size=20, max_new_tokens=3)
     assert len({tuple(row.tolist()) for row in rows}) == 1
 
 
-@pytest.mark.parametrize("given, told", [({"do_sample": True, "num_beams": 2}, "one sampled response"),
-                                         ({"do_sample": True, "num_return_sequences": 2}, "one response for each query"),
-                                         ({"num_beams": 2, "num_return_sequences": 2}, "one response for each query")])
-def test_a_query_gets_one_answer_and_no_other_query_s(given, told, make_trainer):
-    with pytest.raises(ValueError, match=told):
-        make_trainer().generate([torch.tensor([5]), torch.tensor([6])], max_new_tokens=2, **given)
-
-
-def test_an_end_token_ends_an_answer_though_it_pads_too(make_trainer, tokenizer):
-    trainer = make_trainer()
-    plain = trainer.generate([torch.tensor([5])], return_prompt=False, max_new_tokens=8)[0].tolist()
-    end = plain[2]
-    again, = trainer.generate([torch.tensor([5])], return_prompt=False, max_new_tokens=8, eos_token_id=[EOS, end], pad_token_id=end)
-    assert again.tolist() == plain[:plain.index(end) + 1]
-    rows = trainer.generate([torch.tensor([5]), torch.tensor([9])], return_prompt=False, max_new_tokens=8, eos_token_id=end,
-                            pad_token_id=end)
-    assert [len(row) for row in rows] == [8, 8]          # TRL 0.7's way to ask for responses of one length
-    assert trainer.end_tokens([7, 8]) == {7, 8, tokenizer.eos_token_id} and trainer.end_tokens(None) == {tokenizer.eos_token_id}
-
-
-def test_each_rank_draws_its_own_answers_from_the_same_weights(make_trainer, monkeypatch):
-    """P6: the same prompt gave the same answer on every rank."""
-    def answer(rank):
+def test_each_rank_draws_its_own_responses_from_the_same_weights(make_trainer, monkeypatch):
+    """P6: the same prompt gave the same response on every rank."""
+    def run(rank):
         monkeypatch.setattr(accelerate.Accelerator, "process_index", property(lambda self: rank))
         trainer = make_trainer()
         row = trainer.generate(torch.tensor([5]), do_sample=True, max_new_tokens=20)
         return row.tolist(), trainer.model.state_dict()
 
-    (first, weights), (again, _), (other, others) = answer(0), answer(0), answer(1)
+    (first, weights), (again, _), (other, others) = run(0), run(0), run(1)
     assert first == again != other
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def test_seed_is_what_answers_and_shuffles_depend_on(make_trainer):
+def test_responses_and_the_order_of_the_data_depend_on_the_seed_alone(make_trainer):
     def run(seed):
+        torch.rand(seed)  # whatever was drawn before
         trainer = make_trainer(seed=seed, dataset=[{"input_ids": [i]} for i in range(4, 24)])
         batch = next(iter(trainer.dataloader))["input_ids"]
         row = trainer.generate(torch.tensor([5]), do_sample=True, max_new_tokens=20)
         return [query.tolist() for query in batch], row.tolist()
 
-    (order, answer), again, (other_order, other_answer) = run(3), run(3), run(4)
-    assert (order, answer) == again and order != other_order and answer != other_answer
+    (order, response), again, (other_order, other_response) = run(3), run(3), run(4)
+    assert (order, response) == again and order != other_order and response != other_response
 
 
 def test_deepspeed_is_refused_before_it_hangs(make_trainer, monkeypatch):
-    """P34: generation from sharded weights hung, crashed or took ten times as long. (FSDP: tests/test_sharded.py.)"""
-    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", property(lambda self: DistributedType.DEEPSPEED))
-    with pytest.raises(ValueError, match="DeepSpeed.*FSDP"):
+    """P34: generation from sharded weights hung or crashed. (FSDP: tests/test_sharded.py.)"""
+    kind = property(lambda self: DistributedType.DEEPSPEED)
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match="DeepSpeed"):
         make_trainer()
 
 
-def test_generation_never_goes_through_the_wrapped_model(make_trainer, make_batch):
-    """P34: a model that is wrapped for many ranks is unwrapped once, for answers and for passes without gradient."""
-    class Wrapped(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module, self.calls = module, 0
-
-        def forward(self, *args, **kwargs):
-            assert torch.is_grad_enabled()
-            self.calls += 1
-            return self.module(*args, **kwargs)
-
-    trainer = make_trainer(mini_batch_size=2)
-    trainer.model = Wrapped(trainer.model)
-    queries, responses, scores = make_batch()
-    trainer.generate(queries, do_sample=True, max_new_tokens=2, generate_ref_response=True)
-    assert trainer.model.calls == 0
-    trainer.step(queries, responses, scores)
-    assert trainer.model.calls == 2  # the gradient's passes, where the wrapper adds up the ranks
-
-
-# ------------------------------------------------------------------------------------------------ padding and masks
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_padding_never_changes_a_row_s_numbers(arch, make_trainer, make_batch):
-    trainer = make_trainer(arch)
-    queries, responses, _ = make_batch(start=START.get(arch))
-    logprobs, values, masks = forward(trainer, queries, responses)
-    for i in range(len(queries)):
-        alone = forward(trainer, queries[i:i + 1], responses[i:i + 1])
-        for batched, single in zip((logprobs, values, masks), alone):
-            torch.testing.assert_close(batched[i, :single.shape[1]], single[0], atol=1e-5, rtol=1e-5)
-            assert not batched[i, single.shape[1]:].any()
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# --------------------------------------------------------------------------- padding and masks
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
 def test_inputs_may_be_padded_on_the_left(arch, make_trainer, make_batch):
     """P5: positions were counted from the padding."""
     trainer = make_trainer(arch)
@@ -502,71 +661,86 @@ def test_inputs_may_be_padded_on_the_left(arch, make_trainer, make_batch):
     right, left = trainer.prepare_model_inputs(queries, responses), {}
     for name, rows in right.items():
         masks = right[name.replace("input_ids", "attention_mask")]
-        left[name] = torch.stack([row.roll(int((mask == 0).sum())) for row, mask in zip(rows, masks)])
+        left[name] = torch.stack([row.roll(int((m == 0).sum())) for row, m in zip(rows, masks)])
     assert (left["attention_mask"][:, -1] == 1).all() and (left["attention_mask"][:, 0] == 0).any()
-    for a, b in zip(forward(trainer, queries, responses, left), forward(trainer, queries, responses, right)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    of_left, of_right = (forward(trainer, queries, responses, inputs) for inputs in (left, right))
+    for a, b in zip(of_left, of_right):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_model_inputs_are_query_and_response_padded_on_the_right(make_trainer, make_batch):
+    queries, responses, _ = make_batch()
+    inputs = make_trainer().prepare_model_inputs(queries, responses)
+    rows = [torch.cat(both) for both in zip(queries, responses)]
+    assert inputs["input_ids"].tolist() == pad_sequence(rows, True, PAD).tolist()
+    assert inputs["attention_mask"].tolist() == [[1] * (q + r) + [0] * (8 - q - r) for q, r in ROWS]
+    inputs = make_trainer("t5").prepare_model_inputs(queries, responses)
+    assert inputs["input_ids"].tolist() == pad_sequence(queries, True, PAD).tolist()
+    assert inputs["decoder_input_ids"].tolist() == pad_sequence(responses, True, PAD).tolist()
+    assert inputs["attention_mask"].sum(1).tolist() == [q for q, _ in ROWS]
+    assert inputs["decoder_attention_mask"].sum(1).tolist() == [r for _, r in ROWS]
 
 
 @pytest.mark.parametrize("masks", [None, [[1, 1, 0, 1], [0, 1], [1, 0, 0, 1, 1], [1, 1, 0]]])
-def test_the_tokenizer_s_padding_side_changes_nothing(masks, make_trainer, make_tokenizer, make_batch):
+def test_the_tokenizer_s_padding_side_changes_nothing(
+        masks, make_trainer, make_tokenizer, make_batch):
     """P5, P8: left padding moved the numbers, and with response_masks it crashed."""
     results = []
     for side in ("right", "left"):
         trainer = make_trainer(tokenizer=make_tokenizer(padding_side=side), mini_batch_size=2)
-        stats = trainer.step(*make_batch(), response_masks=masks and [torch.tensor(mask) for mask in masks])
+        given = masks and [torch.tensor(mask) for mask in masks]
+        stats = trainer.step(*make_batch(), response_masks=given)
         results.append((stats["ppo/loss/total"], *trainer.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_a_padding_token_within_a_text_is_a_token(make_trainer, make_tokenizer):
-    """Masks come from lengths: where pad is eos, as is usual for GPT-2, the end of an answer is trained."""
+    """Masks come from lengths: where pad is eos (GPT-2), the end of a response is trained."""
     trainer = make_trainer(tokenizer=make_tokenizer(pad_token="</s>"))
     queries = [torch.tensor([EOS, 5]), torch.tensor([6, 7, 8])]
     responses = [torch.tensor([9, EOS, 5, EOS]), torch.tensor([4])]
     logprobs, _, masks = forward(trainer, queries, responses)
     assert masks.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
-    torch.testing.assert_close(logprobs[0], by_hand(trainer.model, queries[0], responses[0])[1], atol=1e-5, rtol=1e-5)
+    want = by_hand(trainer.model, queries[0], responses[0])[1]
+    torch.testing.assert_close(logprobs[0], want, **CLOSE)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "t5"])
-def test_the_size_of_a_forward_pass_changes_no_number(arch, make_trainer, make_batch, monkeypatch):
-    trainer = make_trainer(arch)
-    queries, responses, _ = make_batch(start=START.get(arch))
-    at_once = forward(trainer, queries, responses)
-    monkeypatch.setattr(ppo, "FORWARD_TOKENS", 1)
-    for a, b in zip(at_once, forward(trainer, queries, responses)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_logits_are_given_where_asked_and_zero_where_there_is_no_token(make_trainer, make_batch):
-    trainer = make_trainer()
+def test_logits_are_returned_when_asked_and_zero_where_there_is_no_token(make_trainer, make_batch):
+    trainer = make_trainer(temperature=0.7)
     queries, responses, _ = make_batch()
     inputs = trainer.prepare_model_inputs(queries, responses)
     with torch.no_grad():
-        logprobs, logits, _, masks = trainer.batched_forward_pass(trainer.model, queries, responses, inputs, True)
+        logprobs, logits, _, masks = trainer.batched_forward_pass(
+            trainer.model, queries, responses, inputs, return_logits=True)
         assert trainer.batched_forward_pass(trainer.model, queries, responses, inputs)[1] is None
     assert logits.shape == (4, 5, VOCAB) and not logits[masks == 0].any()
-    labels = torch.nn.utils.rnn.pad_sequence(responses, True)
-    torch.testing.assert_close(ppo.logprobs_from_logits(logits, labels) * masks, logprobs)
+    labels = pad_sequence(responses, True)
+    want = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(want * masks, logprobs, **CLOSE)
 
 
-def test_masked_tokens_are_read_and_not_counted(make_trainer, make_batch):
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_masked_tokens_are_read_but_not_counted(arch, make_trainer, make_batch):
     """A tool's answer within a response: the policy reads it and isn't blamed for it."""
-    trainer = make_trainer()
-    queries, responses, scores = make_batch(((3, 5), (3, 5), (3, 5), (3, 5)))
-    masks = [torch.tensor([1, 0, 0, 1, 1])] * 4
+    trainer, start = make_trainer(arch), [1] * (arch in SEQ2SEQ)
+    queries, responses, scores = make_batch(((3, 5),) * 4, start=START.get(arch))
+    alone = [by_hand(trainer.model, q, r) for q, r in zip(queries, responses)]
+    kept = [0, 3, 4]
+    masks = [torch.tensor(start + [1, 0, 0, 1, 1])] * 4
+    _, _, mask = forward(trainer, queries, responses, masks=masks)
+    assert mask.tolist() == [[1, 0, 0, 1, 1]] * 4
     stats = trainer.step(queries, responses, scores, masks)
-    logprobs, _, _ = forward(make_trainer(), queries, responses)
-    torch.testing.assert_close(stats["objective/logprobs"], logprobs[:, [0, 3, 4]].flatten(), atol=1e-5, rtol=0)
+    want = torch.cat([logprob[kept] for _, logprob, _ in alone])
+    torch.testing.assert_close(stats["objective/logprobs"], want, **CLOSE)
+    entropies = [-(logp.exp() * logp).sum(-1)[kept] for logp, _, _ in alone]
+    assert stats["ppo/policy/entropy"].item() == pytest.approx(torch.cat(entropies).mean().item(),
+                                                               rel=1e-5)
     assert len(stats["ppo/policy/ratio"]) == 12
-    assert stats["ppo/policy/entropy"].item() == pytest.approx(torch.stack(
-        [ppo.entropy_from_logits(by_hand(make_trainer().model, q, r)[0])[[0, 3, 4]] for q, r in zip(queries, responses)]
-    ).mean().item(), abs=1e-5)
+    assert stats["objective/kl_dist"].abs().max() < 1e-4
 
 
 def test_advantages_step_over_masked_tokens():
-    """P7: all values 1 and a last reward of 1 make every return 1; through a gap they came out as 0.90."""
+    """P7: values of 1 and a last reward of 1 make every return 1; a gap made it 0.90."""
     mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
     values, rewards = ones(1, 6), torch.tensor([[0., 0, 0, 0, 0, 1]])
     advantages, returns = ppo.gae(values, rewards, mask, gamma=1.0, lam=0.95)
@@ -590,7 +764,8 @@ def test_a_row_with_a_gap_has_the_returns_of_the_row_without(make_trainer):
 def test_padding_never_reaches_the_returns(whiten_rewards, make_trainer):
     """P9: whitened padding was no longer zero, and leaked into the tokens before it."""
     trainer = make_trainer(whiten_rewards=whiten_rewards)
-    values, rewards, mask = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([[1., 1, 1], [1, 1, 0]])
+    values, rewards = torch.randn(2, 3), torch.randn(2, 3)
+    mask = torch.tensor([[1., 1, 1], [1, 1, 0]])
     pad = lambda x, fill: torch.cat([x, torch.full((2, 2), fill)], 1)
     got = trainer.compute_advantages(pad(values, 7.0), pad(rewards, 0.0), pad(mask, 0.0))
     for a, b in zip(got, trainer.compute_advantages(values, rewards, mask)):
@@ -607,41 +782,57 @@ def test_whitened_rewards_have_variance_one(make_trainer):
     assert returns[0].mean().item() == pytest.approx(rewards.mean().item(), abs=1e-4)
 
 
+def test_advantages_are_whitened_over_the_batch_and_values_returned(make_trainer):
+    trainer, mask = make_trainer(), torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    values, rewards = torch.randn(2, 4), torch.randn(2, 4)
+    same_values, advantages, returns = trainer.compute_advantages(values, rewards, mask)
+    raw = (returns - values)[mask > 0]
+    want = (raw - raw.mean()) / raw.std()
+    torch.testing.assert_close(advantages[mask > 0], want, **CLOSE)
+    torch.testing.assert_close(same_values, values * mask)
+
+
 def test_one_token_alone_trains_and_stays_finite(make_trainer, make_batch, weights, moved):
     """P10: the variance of one advantage was 0 / 0, and every weight became NaN."""
     trainer = make_trainer(batch_size=1)
     before = weights(trainer.model)
     stats = trainer.step(*make_batch(((3, 1),)))
-    assert moved(before, trainer.model) and all(p.isfinite().all() for p in trainer.model.parameters())
+    assert moved(before, trainer.model)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert all(value.isfinite().all() for name, value in stats.items()
                if isinstance(value, torch.Tensor) and not name.endswith("var_explained"))
 
 
-# ------------------------------------------------------------------------------------------------ the reference
+# --------------------------------------------------------------------------- the reference
 def test_the_kl_is_measured_from_the_model_given_as_reference(make_trainer, make_model, make_batch):
     trainer = make_trainer(ref_model=make_model(seed=3))
     queries, responses, scores = make_batch()
     policy, reference = trainer.model, trainer.ref_model
-    kls = [(by_hand(policy, q, r)[1] - by_hand(reference, q, r)[1]).sum() for q, r in zip(queries, responses)]
+    want = torch.stack([(by_hand(policy, q, r)[1] - by_hand(reference, q, r)[1]).sum()
+                        for q, r in zip(queries, responses)])
     stats = trainer.step(queries, responses, scores)
-    torch.testing.assert_close(stats["objective/kl_dist"], torch.stack(kls), atol=1e-4, rtol=1e-4)
-    assert stats["objective/kl"].item() == pytest.approx(torch.stack(kls).mean().item(), rel=1e-4)
+    torch.testing.assert_close(stats["objective/kl_dist"], want, atol=1e-4, rtol=1e-4)
+    assert stats["objective/kl"].item() == pytest.approx(want.mean().item(), rel=1e-4)
 
 
-def test_without_a_reference_a_frozen_copy_of_the_first_policy_is_taken(make_trainer, make_batch, weights, moved):
+def test_without_a_reference_a_frozen_copy_of_the_first_policy_is_taken(
+        make_trainer, make_batch, weights, moved):
     trainer = make_trainer()
     first = weights(trainer.ref_model)
     batch = make_batch()
     assert trainer.step(*batch)["objective/kl"] == 0
     assert trainer.step(*batch)["objective/kl"].abs() > 1e-3
-    assert not moved(first, trainer.ref_model) and not any(p.requires_grad for p in trainer.ref_model.parameters())
+    assert not moved(first, trainer.ref_model)
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
 
 
 @pytest.mark.parametrize("shared", [0, 1])
-def test_shared_layers_are_one_storage_and_stay_as_they_are(shared, make_trainer, make_batch, weights, moved):
+def test_shared_layers_are_one_storage_and_stay_as_they_are(
+        shared, make_trainer, make_batch, weights, moved):
     """P21: they were frozen and yet copied."""
     trainer = make_trainer(num_shared_layers=shared)
-    policy, reference = dict(trainer.model.named_parameters()), dict(trainer.ref_model.named_parameters())
+    policy = dict(trainer.model.named_parameters())
+    reference = dict(trainer.ref_model.named_parameters())
     common = {name for name in policy if policy[name] is reference[name]}
     lower = ("wte.", "wpe.", *(f".h.{i}." for i in range(shared)))
     assert common == {name for name in policy if any(part in name for part in lower)}
@@ -650,24 +841,24 @@ def test_shared_layers_are_one_storage_and_stay_as_they_are(shared, make_trainer
     assert moved(before, trainer.model) == set(policy) - common
 
 
-def test_shared_layers_beside_a_reference_are_told(make_trainer, make_model):
+def test_shared_layers_with_a_reference_given_are_warned_about(make_trainer, make_model):
     with pytest.warns(UserWarning, match="num_shared_layers"):
         make_trainer(ref_model=make_model(), num_shared_layers=1)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
-@pytest.mark.parametrize("kind", ["fresh", "trained"])
-def test_the_reference_of_an_adapter_is_the_adapter_as_loaded(kind, arch, make_trainer, make_model, make_batch):
-    """P18: it was the bare base model, so that an adapter from supervised training began with a huge KL."""
+@pytest.mark.parametrize("kind, arch", [("fresh", "gpt2"), ("trained", "llama"), ("trained", "t5")])
+def test_the_reference_of_an_adapter_is_the_adapter_as_loaded(
+        kind, arch, make_trainer, make_model, make_batch):
+    """P18: it was the bare base model: a supervised adapter began with a huge KL."""
     trainer = make_trainer(make_model(arch, lora=kind))
     assert trainer.ref_model is None
     queries, responses, scores = make_batch(start=START.get(arch))
     first = [by_hand(trainer.model, q, r)[1] for q, r in zip(queries, responses)]
     stats = trainer.step(queries, responses, scores)
-    assert stats["objective/kl_dist"].abs().max() < 1e-5
-    for _ in range(3):
+    assert stats["objective/kl_dist"].abs().max() < 1e-4
+    for _ in range(2):
         stats = trainer.step(queries, responses, scores)
-    torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(first), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(first), **CLOSE)
     assert stats["objective/kl_dist"].abs().max() > 1e-3
 
 
@@ -677,15 +868,18 @@ def test_an_adapter_is_trained_alone(make_trainer, make_model, make_batch, weigh
     trainer = make_trainer(model)
     before = weights(model)
     trainer.step(*make_batch())
-    assert moved(before, model) == trainable  # the policy's lora_A and lora_B, and the value head; never the base
+    # the policy's lora_A and lora_B, and the value head; never the base or the reference
+    assert moved(before, model) == trainable
     assert {name.split(".")[-2] for name in trainable} == {"default", "summary"}
 
 
-def test_a_float32_adapter_trains_on_a_bfloat16_base(make_hf_model, make_trainer, make_batch, weights, moved, tmp_path):
+def test_a_float32_adapter_trains_on_a_bfloat16_base(
+        make_hf_model, make_trainer, make_batch, weights, moved, tmp_path):
     from peft import LoraConfig
     make_hf_model("llama").save_pretrained(tmp_path)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, require_v_head=False, peft_config=LoraConfig(target_modules="all-linear"))
+        tmp_path, dtype=torch.bfloat16, require_v_head=False,
+        peft_config=LoraConfig(target_modules="all-linear"))
     trainer = make_trainer(model)
     before = weights(model)
     trainer.step(*make_batch())
@@ -695,44 +889,57 @@ def test_a_float32_adapter_trains_on_a_bfloat16_base(make_hf_model, make_trainer
     assert model.pretrained_model.get_output_embeddings().weight.dtype == torch.bfloat16
 
 
-def test_a_reference_given_beside_an_adapter_is_used(make_trainer, make_model, make_batch):
+def test_a_reference_given_with_an_adapter_is_used(make_trainer, make_model, make_batch):
     """P17: it was moved to the device and forgotten: KL 0."""
     trainer = make_trainer(make_model(lora="fresh"), ref_model=make_model(seed=3))
     queries, responses, scores = make_batch()
-    want = torch.cat([by_hand(trainer.ref_model, q, r)[1] for q, r in zip(queries, responses)])
+    want = [by_hand(trainer.ref_model, q, r)[1] for q, r in zip(queries, responses)]
     stats = trainer.step(queries, responses, scores)
-    torch.testing.assert_close(stats["objective/ref_logprobs"], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(want), **CLOSE)
     assert stats["objective/kl_dist"].abs().max() > 0.1
 
 
-# ------------------------------------------------------------------------------------------------ rewards
+# --------------------------------------------------------------------------- rewards
 LOGP, REF = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-2.0, -1.5, -3.0]])
-PENALTY = {"kl": [1.0, -0.5, 0.0], "abs": [1.0, 0.5, 0.0], "mse": [0.5, 0.125, 0.0]}  # of differences 1, -1/2, 0
+# of the differences 1, -1/2, 0
+PENALTY = {"kl": [1.0, -0.5, 0.0], "abs": [1.0, 0.5, 0.0], "mse": [0.5, 0.125, 0.0]}
 
 
 @pytest.mark.parametrize("kind", PENALTY)
 def test_each_token_pays_its_penalty_and_the_last_gets_the_score(kind, make_trainer):
     trainer = make_trainer(kl_penalty=kind, init_kl_coef=0.5)
-    rewards, non_score, kls = trainer.compute_rewards(torch.tensor([2.0]), LOGP, REF, torch.tensor([[1, 1, 1]]))
+    rewards, non_score, kls = trainer.compute_rewards(torch.tensor([2.0]), LOGP, REF, ones(1, 3))
     penalty = torch.tensor([PENALTY[kind]])
     torch.testing.assert_close(kls, penalty)
     torch.testing.assert_close(non_score, -0.5 * penalty)
     torch.testing.assert_close(rewards, -0.5 * penalty + torch.tensor([[0, 0, 2.0]]))
 
 
-def test_the_full_penalty_is_the_exact_divergence_of_the_two_models(make_trainer, make_model, make_batch):
-    trainer = make_trainer(kl_penalty="full", ref_model=make_model(seed=3), init_kl_coef=1.0, temperature=0.8)
+def test_a_masked_token_pays_no_penalty(make_trainer):
+    """LOGP and REF with the first token masked: the differences left are -1/2 and 0."""
+    trainer, masks = make_trainer(init_kl_coef=0.5), torch.tensor([[0, 1, 1]])
+    rewards, non_score, kls = trainer.compute_rewards(torch.tensor([2.0]), LOGP, REF, masks)
+    assert rewards.tolist() == [[0, 0.25, 2]] and non_score.tolist() == [[0, 0.25, 0]]
+    assert kls.tolist() == [[0, -0.5, 0]]
+
+
+def test_the_full_penalty_is_the_exact_divergence_of_the_two_models(
+        make_trainer, make_model, make_batch):
+    trainer = make_trainer(kl_penalty="full", ref_model=make_model(seed=3), init_kl_coef=1.0,
+                           temperature=0.8)
     queries, responses, scores = make_batch()
-    pairs = [[by_hand(m, q, r, 0.8)[0] for m in (trainer.model, trainer.ref_model)] for q, r in zip(queries, responses)]
+    pairs = [[by_hand(model, q, r, 0.8)[0] for model in (trainer.model, trainer.ref_model)]
+             for q, r in zip(queries, responses)]
     want = torch.cat([(p.exp() * (p - ref)).sum(-1) for p, ref in pairs])
     stats = trainer.step(queries, responses, scores)
-    assert want.min() > 0 and stats["ppo/mean_non_score_reward"].item() == pytest.approx(-want.mean().item(), rel=1e-4)
+    assert want.min() > 0
+    assert stats["ppo/mean_non_score_reward"].item() == pytest.approx(-want.mean().item(), rel=1e-4)
 
 
 def test_the_score_falls_on_the_last_token_that_the_policy_wrote(make_trainer):
     masks = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0]])
     zeros = torch.zeros(3, 4)
-    rewards, _, _ = make_trainer().compute_rewards(torch.tensor([1.0, 2.0, 3.0]), zeros, zeros, masks)
+    rewards, _, _ = make_trainer().compute_rewards(torch.tensor([1., 2, 3]), zeros, zeros, masks)
     assert rewards.tolist() == [[0, 0, 0, 1], [0, 2, 0, 0], [0, 0, 3, 0]]
 
 
@@ -740,69 +947,79 @@ def test_the_controller_sees_one_kl_whatever_the_penalty(make_trainer, make_mode
     """P38: with 'mse' or 'full' it steered sums of another quantity to the same target."""
     kls, coefs = set(), set()
     for kind in ("kl", "abs", "mse", "full"):
-        trainer = make_trainer(kl_penalty=kind, ref_model=make_model(seed=3), target=6.0, horizon=100)
+        trainer = make_trainer(kl_penalty=kind, ref_model=make_model(seed=3), horizon=100)
         kls.add(trainer.step(*make_batch())["objective/kl"].item())
         coefs.add(trainer.kl_ctl.value)
     assert len(kls) == len(coefs) == 1 and coefs != {0.2}
 
 
 @pytest.mark.parametrize("target, horizon", [(1e-3, 10), (1e-3, 40), (1e9, 10)])
-def test_the_kl_coefficient_follows_target_and_horizon(target, horizon, make_trainer, make_model, make_batch):
-    trainer = make_trainer(ref_model=make_model(seed=3), target=target, horizon=horizon, init_kl_coef=0.3)
+def test_the_kl_coefficient_follows_target_and_horizon(
+        target, horizon, make_trainer, make_model, make_batch):
+    trainer = make_trainer(ref_model=make_model(seed=3), target=target, horizon=horizon,
+                           init_kl_coef=0.3)
     stats = trainer.step(*make_batch())
     error = max(-0.2, min(0.2, stats["objective/kl"].item() / target - 1))
-    assert abs(error) == pytest.approx(0.2) and stats["objective/kl_coef"] == 0.3  # the one that was used
-    assert trainer.kl_ctl.value == pytest.approx(0.3 * (1 + error * 4 / horizon))
-    assert trainer.step(*make_batch())["objective/kl_coef"] == pytest.approx(trainer.kl_ctl.value, rel=0.1)
+    assert abs(error) == 0.2 and stats["objective/kl_coef"] == 0.3  # the one that was used
+    second = trainer.kl_ctl.value
+    assert second == pytest.approx(0.3 * (1 + error * 4 / horizon))
+    assert trainer.step(*make_batch())["objective/kl_coef"] == second
 
 
-def test_the_kl_coefficient_stays_where_it_is_not_to_adapt(make_trainer, make_model, make_batch):
-    trainer = make_trainer(ref_model=make_model(seed=3), adap_kl_ctrl=False, init_kl_coef=0.3, horizon=1)
+def test_the_kl_coefficient_stays_unless_it_adapts(make_trainer, make_model, make_batch):
+    trainer = make_trainer(ref_model=make_model(seed=3), adap_kl_ctrl=False, init_kl_coef=0.3,
+                           horizon=1)
     trainer.step(*make_batch())
     assert trainer.kl_ctl.value == 0.3
 
 
 def step_with_scores(trainer, make_batch, *scores):
+    """Mean and standard deviation of the scores that are trained on, and the mean as given."""
     queries, responses, _ = make_batch(((3, 2),) * len(scores))
     stats = trainer.step(queries, responses, scores_of(*scores))
-    return stats["ppo/mean_scores"].item(), stats["ppo/std_scores"].item(), stats["objective/scores"].item()
+    return [stats[name].item() for name in ("ppo/mean_scores", "ppo/std_scores", "objective/scores")]
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_scores_are_scaled_by_all_scores_so_far(norm, make_trainer, make_batch):
     trainer = make_trainer(use_score_scaling=True, use_score_norm=norm)
     step_with_scores(trainer, make_batch, 1, 2, 3, 6)  # mean 3, variance 14/3
-    mean, std, raw = step_with_scores(trainer, make_batch, 4, 4, 8, 12)  # of all eight: mean 5, variance 90/7
+    # of all eight: mean 5, variance 90/7
+    mean, std, raw = step_with_scores(trainer, make_batch, 4, 4, 8, 12)
     sigma = (90 / 7) ** 0.5
     assert mean == pytest.approx((7 - 5 * norm) / sigma, rel=1e-5)
     assert std == pytest.approx((44 / 3) ** 0.5 / sigma, rel=1e-5) and raw == 7
 
 
-def test_scores_are_left_alone_unless_told(make_trainer, make_batch):
-    assert step_with_scores(make_trainer(), make_batch, 1, 2, 3, 6)[0] == 3
+@pytest.mark.parametrize("settings, scores, mean", [
+    ({}, (1, 2, 3, 6), 3),
+    ({"score_clip": 2.0}, (-9, 1, 2, 9), 0.75),  # -2, 1, 2, 2
+    ({"score_clip": 0.5, "use_score_scaling": True}, (-90, 90, 90, 90), 0.25),  # scaled, then clipped
+    ({"use_score_scaling": True, "batch_size": 1}, (2,), 2)])  # P11: it became 0
+def test_scores_are_clipped_and_scaled_only_when_asked(
+        settings, scores, mean, make_trainer, make_batch):
+    got, _, _ = step_with_scores(make_trainer(**settings), make_batch, *scores)
+    assert got == pytest.approx(mean)
 
 
-def test_scores_are_clipped(make_trainer, make_batch):
-    assert step_with_scores(make_trainer(score_clip=2.0), make_batch, -9, 1, 2, 9)[0] == 0.75  # -2, 1, 2, 2
+def test_the_clipped_and_scaled_scores_are_what_is_trained_on(make_trainer, make_model, make_batch):
+    """With lam = gamma = 1 and no penalty, the return of each token is its row's score."""
+    settings = {"gamma": 1, "lam": 1, "init_kl_coef": 0.0, "score_clip": 1.0}
+    queries, responses, _ = make_batch(((3, 2),) * 4)
+    stats = make_trainer(use_score_scaling=True, **settings).step(queries, responses,
+                                                                  scores_of(1, 2, 3, 6))
+    sigma = (14 / 3) ** 0.5
+    want = (1 / sigma + 2 / sigma + 1 + 1) / 4
+    assert want < 1 and stats["ppo/returns/mean"].item() == pytest.approx(want, rel=1e-4)
 
 
-def test_scores_are_clipped_after_they_are_scaled(make_trainer, make_batch):
-    mean, _, _ = step_with_scores(make_trainer(score_clip=0.5, use_score_scaling=True), make_batch, -90, 90, 90, 90)
-    assert mean == pytest.approx(0.25)
-
-
-def test_a_first_score_alone_counts(make_trainer, make_batch):
-    """P11: its standard deviation was infinite, so that it became 0."""
-    trainer = make_trainer(batch_size=1, use_score_scaling=True)
-    assert step_with_scores(trainer, make_batch, 2)[0] == pytest.approx(2)
-
-
-# ------------------------------------------------------------------------------------------------ the loss
+# --------------------------------------------------------------------------- the loss
 def loss_of(trainer, old=0.0, new=0.0, value=0.0, vpred=0.0, advantage=1.0, target=0.0):
     """The losses of one token."""
     one = lambda x: torch.tensor([[float(x)]])
     logits = torch.zeros(1, 1, 8)
-    pg, vf, stats = trainer.loss(*map(one, (old, value)), logits, *map(one, (vpred, new, 1, advantage, target)))
+    rest = map(one, (vpred, new, 1, advantage, target))
+    pg, vf, stats = trainer.loss(one(old), one(value), logits, *rest)
     return pg.item(), vf.item(), stats
 
 
@@ -811,28 +1028,35 @@ def test_the_ratio_is_clipped_to_cliprange(cliprange, make_trainer):
     trainer = make_trainer(cliprange=cliprange)
     pg, _, stats = loss_of(trainer, new=1.0)  # ratio e
     assert pg == pytest.approx(-(1 + cliprange)) and stats["policy/clipfrac"] == 1
-    assert loss_of(trainer, new=1.0, advantage=-1.0)[0] == pytest.approx(math.e)  # a worse action is never let off
+    # a token that got likelier though it is bad is never let off
+    assert loss_of(trainer, new=1.0, advantage=-1.0)[0] == pytest.approx(math.e)
 
 
 @pytest.mark.parametrize("cliprange_value, vf_coef", [(0.2, 0.1), (0.2, 0.5), (0.5, 0.1)])
-def test_the_value_loss_is_clipped_and_weighed(cliprange_value, vf_coef, make_trainer):
+def test_the_value_loss_is_clipped_and_weighted(cliprange_value, vf_coef, make_trainer):
     trainer = make_trainer(cliprange_value=cliprange_value, vf_coef=vf_coef)
-    _, vf, stats = loss_of(trainer, value=0.0, vpred=1.0, target=1.0)  # right, but too far from the old one
-    assert vf == pytest.approx(vf_coef * 0.5 * (1 - cliprange_value) ** 2) and stats["val/clipfrac"] == 1
+    # right, but too far from the old value
+    _, vf, stats = loss_of(trainer, value=0.0, vpred=1.0, target=1.0)
+    assert vf == pytest.approx(vf_coef * 0.5 * (1 - cliprange_value) ** 2)
+    assert stats["val/clipfrac"] == 1
     assert stats["loss/total"].item() == pytest.approx(stats["loss/policy"].item() + vf)
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.95), (0.9, 0.5)])
 def test_gamma_and_lam_discount(gamma, lam, make_trainer):
-    """No values, a last reward of 1, two tokens before it: the returns are (gamma lam)^2, gamma lam, 1."""
-    trainer = make_trainer(gamma=gamma, lam=lam)
-    _, _, returns = trainer.compute_advantages(torch.zeros(1, 3), torch.tensor([[0, 0, 1.0]]), ones(1, 3))
+    """No values, a last reward of 1, two tokens before it."""
+    trainer, rewards = make_trainer(gamma=gamma, lam=lam), torch.tensor([[0, 0, 1.0]])
+    _, _, returns = trainer.compute_advantages(torch.zeros(1, 3), rewards, ones(1, 3))
     torch.testing.assert_close(returns, torch.tensor([[(gamma * lam) ** 2, gamma * lam, 1.0]]))
+    # a value of 1 at the second token: its error is -1 there, and gamma at the token before
+    _, _, returns = trainer.compute_advantages(torch.tensor([[0, 1.0, 0]]), rewards * 0, ones(1, 3))
+    torch.testing.assert_close(returns, torch.tensor([[gamma - gamma * lam, 0.0, 0.0]]))
 
 
-# ------------------------------------------------------------------------------------------------ the optimizer
+# --------------------------------------------------------------------------- the optimizer
 @pytest.mark.parametrize("sizes, steps", [
-    ({"ppo_epochs": 3}, 3), ({"mini_batch_size": 1}, 4), ({"mini_batch_size": 1, "gradient_accumulation_steps": 2}, 2),
+    ({"ppo_epochs": 3}, 3), ({"mini_batch_size": 1}, 4),
+    ({"mini_batch_size": 1, "gradient_accumulation_steps": 2}, 2),
     ({"mini_batch_size": 1, "gradient_accumulation_steps": 4, "ppo_epochs": 2}, 2)])
 def test_an_update_takes_its_optimizer_steps(sizes, steps, make_trainer, make_batch):
     trainer = make_trainer(**sizes)
@@ -852,25 +1076,28 @@ def test_every_batch_of_the_dataloader_takes_as_many_optimizer_steps(make_traine
     assert counts == [1, 2]
 
 
-def test_every_row_is_trained_once_an_epoch(make_trainer, make_batch):
-    stats = make_trainer(mini_batch_size=1, ppo_epochs=2, learning_rate=0.0).step(*make_batch())
-    first, second = stats["ppo/policy/advantages"].split(14)
+def test_every_row_is_trained_on_once_per_epoch_in_another_order(make_trainer, make_batch):
+    trainer = make_trainer(mini_batch_size=1, ppo_epochs=2, learning_rate=0.0)
+    first, second = trainer.step(*make_batch())["ppo/policy/advantages"].split(14)
     torch.testing.assert_close(first.sort().values, second.sort().values)
-    assert not torch.equal(first, second)  # in another order
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("arch, lora", [("gpt2", None), ("t5", None), ("llama", "trained")])
-def test_accumulated_gradients_are_those_of_one_big_minibatch(arch, lora, make_trainer, make_model, make_batch):
-    """P29: micro-batches of 1, 2, 4 and 24 tokens weighed alike; each token weighs alike."""
+def test_accumulated_gradients_are_those_of_one_big_minibatch(
+        arch, lora, make_trainer, make_model, make_batch):
+    """P29: micro-batches of 1, 2, 4, and 24 tokens had equal weights; each token has."""
     results = []
     for mini, steps in ((4, 1), (2, 2), (1, 4)):
         model = make_model(arch, lora=lora)
-        trainer = make_trainer(model, optimizer=sgd(model), mini_batch_size=mini, gradient_accumulation_steps=steps)
-        stats = trainer.step(*make_batch(((3, 1), (5, 2), (2, 4), (4, 24)), start=START.get(arch)))
+        trainer = make_trainer(model, optimizer=sgd(model), mini_batch_size=mini,
+                               gradient_accumulation_steps=steps)
+        batch = make_batch(((3, 1), (5, 2), (2, 4), (4, 24)), start=START.get(arch))
+        stats = trainer.step(*batch)
         results.append([stats["ppo/loss/total"], stats["ppo/policy/entropy"], *model.parameters()])
     for other in results[1:]:
         for a, b in zip(results[0], other):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 
 
 def test_a_gradient_is_the_mean_over_tokens_not_over_rows(make_trainer, make_model, make_batch):
@@ -880,20 +1107,39 @@ def test_a_gradient_is_the_mean_over_tokens_not_over_rows(make_trainer, make_mod
                            gradient_accumulation_steps=4)
     before = model.v_head.summary.bias.item()
     stats = trainer.step(*make_batch())
-    assert before - model.v_head.summary.bias.item() == pytest.approx(
-        (stats["ppo/val/vpred"] - stats["ppo/returns/mean"]).item(), rel=1e-4)
+    error = (stats["ppo/val/vpred"] - stats["ppo/returns/mean"]).item()
+    assert before - model.v_head.summary.bias.item() == pytest.approx(error, rel=1e-4)
 
 
 def test_max_grad_norm_holds_at_every_optimizer_step(make_trainer, make_batch):
     """P1: it held at the first alone."""
     norms = {}
     for limit in (None, 1e-3):
-        trainer = make_trainer(mini_batch_size=1, ppo_epochs=2, max_grad_norm=limit, learning_rate=1e-5)
+        trainer = make_trainer(mini_batch_size=2, ppo_epochs=2, max_grad_norm=limit,
+                               learning_rate=1e-5)
         norms[limit] = gradient_norms(trainer)
         trainer.step(*make_batch())
         trainer.step(*make_batch())
-    assert len(norms[1e-3]) == len(norms[None]) == 16 and min(norms[None]) > 1e-2
-    assert norms[1e-3] == pytest.approx([1e-3] * 16, rel=1e-3)
+    assert len(norms[1e-3]) == len(norms[None]) == 8 and min(norms[None]) > 1e-2
+    assert norms[1e-3] == pytest.approx([1e-3] * 8, rel=1e-3)
+
+
+def test_the_accumulated_gradient_is_clipped_not_each_micro_batch(
+        make_trainer, make_model, make_batch, weights):
+    """Clipping to a third of the gradient's length makes the same move, a third as long."""
+    def move(limit):
+        model = make_model()
+        before = weights(model)
+        trainer = make_trainer(model, optimizer=sgd(model, lr=1.0), mini_batch_size=1,
+                               gradient_accumulation_steps=4, max_grad_norm=limit)
+        norms = gradient_norms(trainer)
+        trainer.step(*make_batch())
+        return norms, torch.cat([(p - before[name]).flatten() for name, p in model.named_parameters()])
+
+    (norm,), whole = move(None)
+    (clipped,), third = move(norm / 3)
+    assert clipped == pytest.approx(norm / 3, rel=1e-4)
+    assert (third - whole / 3).norm() < 1e-3 * third.norm()
 
 
 def test_the_learning_rate_is_adam_s(make_trainer, make_batch, weights):
@@ -901,7 +1147,8 @@ def test_the_learning_rate_is_adam_s(make_trainer, make_batch, weights):
     trainer = make_trainer(learning_rate=3e-4)
     before = weights(trainer.model)
     stats = trainer.step(*make_batch())
-    largest = max((p - before[name]).abs().max().item() for name, p in trainer.model.named_parameters())
+    largest = max((p - before[name]).abs().max().item()
+                  for name, p in trainer.model.named_parameters())
     assert largest == pytest.approx(3e-4, rel=1e-2) and stats["ppo/learning_rate"] == 3e-4
 
 
@@ -920,12 +1167,14 @@ def test_gradients_stay_on_the_parameters_zeroed(make_trainer, make_batch):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_scheduler_steps_once_an_update(ranks, make_trainer, make_model, make_batch, monkeypatch):
+def test_a_scheduler_steps_once_per_update(
+        ranks, make_trainer, make_model, make_batch, monkeypatch):
     """P28: it took as many steps as there are ranks."""
     model = make_model()
     optimizer = sgd(model, lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    trainer = make_trainer(model, optimizer=optimizer, lr_scheduler=scheduler, mini_batch_size=1, ppo_epochs=2)
+    trainer = make_trainer(model, optimizer=optimizer, lr_scheduler=scheduler, mini_batch_size=2,
+                           ppo_epochs=2)
     assert trainer.lr_scheduler.scheduler is scheduler and trainer.optimizer.optimizer is optimizer
     monkeypatch.setitem(PartialState._shared_state, "num_processes", ranks)
     rates = [trainer.step(*make_batch())["ppo/learning_rate"] for _ in range(3)]
@@ -933,9 +1182,10 @@ def test_a_scheduler_steps_once_an_update(ranks, make_trainer, make_model, make_
 
 
 @pytest.mark.parametrize("arch, lora, layer", [
-    ("gpt2", None, "h.0.mlp"), ("llama", None, "layers.0.mlp"), ("llama", "trained", "layers.0.mlp"),
+    ("gpt2", None, "h.0.mlp"), ("llama", "trained", "layers.0.mlp"),
     ("t5", None, "decoder.block.0.layer.2")])
-def test_gradient_checkpointing_recomputes_and_changes_nothing(arch, lora, layer, make_trainer, make_model, make_batch):
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+        arch, lora, layer, make_trainer, make_model, make_batch):
     """P3: the gradient's pass ran in eval mode, where checkpointing does nothing."""
     def run(checkpointing):
         model, calls = make_model(arch, lora=lora), []
@@ -946,17 +1196,16 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(arch, lora, layer
         module.register_forward_pre_hook(lambda *args: calls.append(torch.is_grad_enabled()))
         for _ in range(2):
             trainer.step(*make_batch(start=START.get(arch)))
-        return calls.count(True), list(model.parameters())
+        return calls.count(True), model
 
     (once, plain), (twice, checkpointed) = run(False), run(True)
     assert (once, twice) == (2, 4)
-    for a, b in zip(plain, checkpointed):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert_same_weights(plain, checkpointed)
 
 
-# ------------------------------------------------------------------------------------------------ when not to step
+# --------------------------------------------------------------------------- when not to step
 def test_a_ratio_above_the_threshold_takes_no_step_at_all(make_trainer, make_batch, weights, moved):
-    """P12: the loss was multiplied by 0 and Adam's momentum moved the weights all the same."""
+    """P12: the loss was multiplied by 0, and Adam's momentum moved the weights all the same."""
     trainer = make_trainer()
     batch = make_batch()
     trainer.step(*batch)
@@ -965,19 +1214,22 @@ def test_a_ratio_above_the_threshold_takes_no_step_at_all(make_trainer, make_bat
     with pytest.warns(UserWarning, match="ratio_threshold"):
         stats = trainer.step(*batch)
     assert not moved(before, trainer.model) and not norms
-    assert stats["ppo/policy/skipped"] == 1 and stats["ppo/loss/policy"] == 0 and stats["ppo/loss/value"] == 0
+    assert stats["ppo/policy/skipped"] == 1
+    assert stats["ppo/loss/policy"] == 0 and stats["ppo/loss/value"] == 0
     trainer.config.ratio_threshold = 10.0
     assert trainer.step(*batch)["ppo/policy/skipped"] == 0 and len(norms) == 1 and norms[0] > 0
 
 
 def minibatch(trainer, shift, make_batch):
-    """A minibatch by itself, whose old log-probabilities are the present ones and a shift."""
+    """Train on one minibatch whose old log-probabilities are the present ones plus a shift."""
     queries, responses, _ = make_batch()
     logprobs, logits, values, mask = trainer.batched_forward_pass(
-        trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses), return_logits=True)
+        trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses),
+        return_logits=True)
     advantages = torch.linspace(-1, 1, mask.numel()).view(mask.shape)
-    return trainer.train_minibatch((logprobs + shift * mask).detach(), values.detach(), logprobs, logits, values, mask,
-                                   advantages, advantages)
+    old = (logprobs + shift * mask).detach()
+    return trainer.train_minibatch(old, values.detach(), logprobs, logits, values, mask, advantages,
+                                   advantages)
 
 
 def test_a_ratio_that_overflows_harms_nothing(make_trainer, make_batch, weights, moved):
@@ -988,10 +1240,23 @@ def test_a_ratio_that_overflows_harms_nothing(make_trainer, make_batch, weights,
         stats = minibatch(trainer, -200.0, make_batch)
     assert stats["loss/total"] == 0 and not moved(before, trainer.model)
     minibatch(trainer, 0.0, make_batch)
-    assert moved(before, trainer.model) and all(p.isfinite().all() for p in trainer.model.parameters())
+    assert moved(before, trainer.model)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_a_minibatch_can_be_trained_by_itself(make_trainer, make_batch, weights, moved):
+@pytest.mark.filterwarnings("ignore:.*ratio_threshold")
+@pytest.mark.parametrize("shift, dropped", [(-1.0, False), (-3.0, True), (3.0, False)])
+def test_the_threshold_is_compared_with_the_minibatch_s_mean_ratio(
+        shift, dropped, make_trainer, make_batch, weights, moved):
+    """The default of 10 lies between e and e^3."""
+    trainer = make_trainer()
+    before = weights(trainer.model)
+    stats = minibatch(trainer, shift, make_batch)
+    assert stats["policy/skipped"] == dropped and bool(moved(before, trainer.model)) != dropped
+    assert stats["policy/ratio_mean"].item() == pytest.approx(math.exp(-shift), rel=1e-4)
+
+
+def test_a_minibatch_can_be_trained_on_by_itself(make_trainer, make_batch, weights, moved):
     trainer = make_trainer(early_stopping=True, target_kl=10.0)
     before = weights(trainer.model)
     stats = minibatch(trainer, 0.0, make_batch)
@@ -1000,7 +1265,8 @@ def test_a_minibatch_can_be_trained_by_itself(make_trainer, make_batch, weights,
 
 
 @pytest.mark.parametrize("shift", [1.0, -1.0])
-def test_early_stopping_does_not_depend_on_the_direction(shift, make_trainer, make_batch, weights, moved):
+def test_early_stopping_does_not_depend_on_the_direction(
+        shift, make_trainer, make_batch, weights, moved):
     """P13: old minus new was taken for the KL, so that half of all moves went unseen."""
     for target, stays in ((0.01, True), (10.0, False)):
         trainer = make_trainer(early_stopping=True, target_kl=target)
@@ -1009,28 +1275,50 @@ def test_early_stopping_does_not_depend_on_the_direction(shift, make_trainer, ma
         assert bool(moved(before, trainer.model)) != stays
 
 
-def test_early_stopping_sees_a_minibatch_that_is_left_out_too(make_trainer, make_batch):
-    trainer = make_trainer(early_stopping=True, target_kl=0.01)
+def far(make_trainer, make_model, **settings):
+    """A trainer that moves far in its first step, without the optimizer's memory."""
+    model = make_model()
+    return make_trainer(model, optimizer=sgd(model, lr=1.0), batch_size=2, mini_batch_size=1,
+                        gradient_accumulation_steps=2, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*ratio_threshold")
+@pytest.mark.parametrize("seed", range(4))  # of the order of the two rows
+@pytest.mark.parametrize("how", ["ratio_threshold", "early_stopping"])
+def test_a_dropped_step_leaves_no_trace(how, seed, make_trainer, make_model, make_batch):
+    """Of two micro-batches one goes too far: the step of both is dropped, gradient included."""
+    batch, later = make_batch(((3, 4), (4, 4))), make_batch(((5, 3), (2, 4)), seed=5)
+    first, second = far(make_trainer, make_model, ppo_epochs=2).step(
+        *batch)["ppo/policy/ratio"][8:].view(2, 4).mean(1).tolist()
+    low, high = sorted((first, second))
+    assert high > 1.2 * low and high > 1.2
+    # between the two means, or a KL that the epoch's first micro-batch or both together exceed
+    limit = {"ratio_threshold": max(1.1, (low + high) / 2)}
+    limit = limit if how == "ratio_threshold" else {"early_stopping": True, "target_kl": 1e-4}
+    one = far(make_trainer, make_model, ppo_epochs=2, seed=seed, **limit)
+    two = far(make_trainer, make_model, ppo_epochs=1)
+    one.step(*batch), two.step(*batch)
+    assert_same_weights(one.model, two.model)
+    one.config.ppo_epochs, one.config.ratio_threshold = 1, 10.0
+    one.step(*later), two.step(*later)
+    assert_same_weights(one.model, two.model)
+
+
+def test_early_stopping_sees_a_dropped_minibatch_too(make_trainer, make_model, make_batch):
+    """The third epoch is never begun, though the second took no step."""
+    batch = make_batch(((3, 4), (4, 4)))
+    whole = {"mini_batch_size": 2, "gradient_accumulation_steps": 1, "batch_size": 2}
+
+    def run(**settings):
+        model = make_model()
+        trainer = make_trainer(model, optimizer=sgd(model, lr=1.0), **whole, **settings)
+        return trainer.step(*batch)["ppo/policy/ratio"]
+
+    mean = run(ppo_epochs=2)[8:].mean().item()
+    assert mean > 1.1
+    limits = {"ratio_threshold": (1 + mean) / 2, "early_stopping": True, "target_kl": 1e-4}
     with pytest.warns(UserWarning, match="ratio_threshold"):
-        minibatch(trainer, -3.0, make_batch)
-    assert trainer._stop
-
-
-def test_one_minibatch_above_the_threshold_drops_its_whole_optimizer_step(make_trainer, make_batch, weights, moved):
-    trainer, thresholds = make_trainer(mini_batch_size=2, gradient_accumulation_steps=2), iter([0.0, 10.0, 10.0, 10.0])
-    real = trainer.loss
-
-    def loss(*args):
-        trainer.config.ratio_threshold = next(thresholds)
-        return real(*args)
-
-    trainer.loss = loss
-    before = weights(trainer.model)
-    with pytest.warns(UserWarning, match="ratio_threshold"):
-        assert trainer.step(*make_batch())["ppo/policy/skipped"].item() == pytest.approx(0.5, abs=0.2)
-    assert not moved(before, trainer.model)
-    trainer.step(*make_batch())  # nothing of the dropped gradient is left
-    assert moved(before, trainer.model)
+        assert len(run(ppo_epochs=3, **limits)) == 16
 
 
 def running_kl(stats, epochs, minibatches):
@@ -1041,74 +1329,59 @@ def running_kl(stats, epochs, minibatches):
 
 
 def test_early_stopping_ends_the_epochs_before_the_step_that_goes_too_far(make_trainer, make_batch):
-    """P13: the last minibatch alone was looked at, when all steps of its epoch had been taken."""
+    """P13: the last minibatch alone was looked at, after all steps of its epoch."""
     batch = make_batch(((4, 4),) * 8, seed=3)
     sizes = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 3, "learning_rate": 3e-3}
     kl = running_kl(make_trainer(**sizes).step(*batch), 3, 4)
     highest = kl.cummax(0).values
-    first = next(i for i in range(5, 8) if kl[i] > 1.2 * highest[i - 1])  # within the second epoch
-    trainer = make_trainer(early_stopping=True, target_kl=(kl[first] + highest[first - 1]).item() / 3, **sizes)
+    first = next(i for i in range(5, 8) if kl[i] > 1.2 * highest[i - 1])  # in the second epoch
+    target = (kl[first] + highest[first - 1]).item() / 2 / 1.5
+    trainer = make_trainer(early_stopping=True, target_kl=target, **sizes)
     norms = gradient_norms(trainer)
     stats = trainer.step(*batch)
     assert len(norms) == first and len(stats["ppo/policy/ratio"]) == 8 * (first + 1)
     trainer.step(*batch)
-    assert len(norms) > first  # the next batch starts anew
+    assert len(norms) > first  # the next batch has its own epochs
 
 
 def test_without_early_stopping_target_kl_stops_nothing(make_trainer, make_batch):
-    trainer = make_trainer(mini_batch_size=1, ppo_epochs=3, target_kl=1e-9)
+    trainer = make_trainer(mini_batch_size=2, ppo_epochs=3, target_kl=1e-9)
     norms = gradient_norms(trainer)
     trainer.step(*make_batch())
-    assert len(norms) == 12
+    assert len(norms) == 6
 
 
 @pytest.mark.parametrize("sick", ["v_head.summary.bias", "transformer.ln_f.weight"])
-def test_a_loss_that_is_not_finite_ends_the_run_before_any_weight_moves(sick, make_trainer, make_batch, weights):
+def test_a_loss_that_is_not_finite_ends_the_run_before_any_weight_moves(
+        sick, make_trainer, make_batch, weights):
     trainer = make_trainer()
     with torch.no_grad():
         next(p for name, p in trainer.model.named_parameters() if name.endswith(sick)).fill_(math.nan)
     before = weights(trainer.model)
-    with pytest.raises(InputError, match="the loss is nan after 0 PPO updates"):
+    with pytest.raises(InputError, match="nan"):
         trainer.step(*make_batch())
-    assert all(torch.equal(before[name].nan_to_num(), p.nan_to_num()) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(before[name].nan_to_num(), p.nan_to_num())
+               for name, p in trainer.model.named_parameters())
 
 
-# ------------------------------------------------------------------------------------------------ what it costs
-def test_logits_are_made_of_the_response_s_tokens_alone_and_kept_once(make_trainer, make_batch):
-    """P30: the entropy alone, which is only logged, kept four copies of all logits, prompts included."""
-    trainer, kept, rows = make_trainer(), [], []
-    own = {p.data_ptr() for p in trainer.model.parameters()}
-    head = trainer.model.pretrained_model.lm_head
-    head.register_forward_hook(lambda module, args, logits: rows.append(logits.shape[:-1].numel()))
-    batch = make_batch(((20, 4), (20, 2), (20, 5), (20, 3)))
-
-    def keep(x):
-        if x.dim() and x.shape[-1] == VOCAB and x.data_ptr() not in own:
-            kept.append((x.data_ptr(), x.numel()))
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        trainer.step(*batch)
-    assert rows == [14, 14]  # the policy's pass without gradient, and that with
-    assert sum(dict(kept).values()) <= 14 * VOCAB
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-def test_a_step_tells_all_that_users_of_trl_read(make_trainer, make_batch):
-    names = """objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs objective/kl_coef
-        objective/entropy ppo/mean_non_score_reward ppo/mean_scores ppo/std_scores ppo/learning_rate
-        tokens/queries_len_mean tokens/queries_len_std tokens/queries_dist
-        tokens/responses_len_mean tokens/responses_len_std tokens/responses_dist
-        ppo/loss/policy ppo/loss/value ppo/loss/total ppo/policy/entropy ppo/policy/approxkl ppo/policy/policykl
-        ppo/policy/clipfrac ppo/policy/advantages ppo/policy/advantages_mean ppo/policy/ratio ppo/returns/mean
-        ppo/returns/var ppo/val/vpred ppo/val/error ppo/val/clipfrac ppo/val/mean ppo/val/var ppo/val/var_explained
-        time/ppo/forward_pass time/ppo/compute_rewards time/ppo/compute_advantages time/ppo/optimize_step
-        time/ppo/calc_stats time/ppo/total""".split()
+# --------------------------------------------------------------------------- statistics
+def test_a_step_returns_all_statistics_that_users_of_trl_read(make_trainer, make_batch):
+    names = """objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs
+        objective/kl_coef objective/entropy ppo/mean_non_score_reward ppo/mean_scores
+        ppo/std_scores ppo/learning_rate tokens/queries_len_mean tokens/queries_len_std
+        tokens/queries_dist tokens/responses_len_mean tokens/responses_len_std
+        tokens/responses_dist ppo/loss/policy ppo/loss/value ppo/loss/total ppo/policy/entropy
+        ppo/policy/approxkl ppo/policy/policykl ppo/policy/clipfrac ppo/policy/advantages
+        ppo/policy/advantages_mean ppo/policy/ratio ppo/returns/mean ppo/returns/var ppo/val/vpred
+        ppo/val/error ppo/val/clipfrac ppo/val/mean ppo/val/var ppo/val/var_explained
+        time/ppo/forward_pass time/ppo/compute_rewards time/ppo/compute_advantages
+        time/ppo/optimize_step time/ppo/calc_stats time/ppo/total""".split()
     stats = make_trainer().step(*make_batch())
     assert set(names) <= set(stats)
-    assert all(math.isfinite(stats[name]) for name in names if not isinstance(stats[name], torch.Tensor))
-    seconds = [value for name, value in stats.items() if name.startswith("time/") and name != "time/ppo/total"]
-    assert 0 < sum(seconds) <= stats["time/ppo/total"] * 1.001
+    assert all(math.isfinite(stats[name]) for name in names
+               if not isinstance(stats[name], torch.Tensor))
+    parts = [name for name in names if name.startswith("time/") and name != "time/ppo/total"]
+    assert 0 < sum(stats[name] for name in parts) <= stats["time/ppo/total"] * 1.001
 
 
 def test_statistics_count_real_tokens_alone(make_trainer, make_batch):
@@ -1117,89 +1390,115 @@ def test_statistics_count_real_tokens_alone(make_trainer, make_batch):
     assert {len(stats[f"objective/{name}"]) for name in ("logprobs", "ref_logprobs")} == {14}
     assert {len(stats[f"ppo/policy/{name}"]) for name in ("ratio", "advantages")} == {28}
     assert (stats["ppo/policy/ratio"] > 0).all() and len(stats["objective/kl_dist"]) == 4
-    assert stats["tokens/queries_dist"].tolist() == [3, 6, 2, 4] and stats["tokens/queries_len_mean"] == 3.75
+    assert stats["tokens/queries_dist"].tolist() == [3, 6, 2, 4]
+    assert stats["tokens/queries_len_mean"] == 3.75
     assert stats["tokens/responses_dist"].tolist() == [4, 2, 5, 3]
     assert stats["tokens/responses_len_std"].item() == pytest.approx((5 / 3) ** 0.5)
 
 
-def test_statistics_are_what_they_are_called(make_trainer, make_model, make_batch):
-    trainer = make_trainer(ref_model=make_model(seed=3), init_kl_coef=0.5, mini_batch_size=1, learning_rate=0.0)
+def test_statistics_are_what_their_names_say(make_trainer, make_model, make_batch):
+    trainer = make_trainer(ref_model=make_model(seed=3), init_kl_coef=0.5, mini_batch_size=1,
+                           learning_rate=0.0, score_clip=0.5, gamma=0.9, lam=0.8, temperature=0.8)
     queries, responses, scores = make_batch()
-    logp, _, values = zip(*(by_hand(trainer.model, q, r) for q, r in zip(queries, responses)))
-    entropy = torch.cat([-(p.exp() * p).sum(-1) for p in logp]).mean().item()
-    stats = {name: value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-             for name, value in trainer.step(queries, responses, scores).items()}
-    near = lambda x: pytest.approx(float(x), rel=1e-4, abs=1e-5)
-    scores, values = torch.stack(scores), torch.cat(values)
-    drift = stats["objective/logprobs"] - stats["objective/ref_logprobs"]
-    assert stats["objective/kl"] == near(stats["objective/kl_dist"].mean()) == near(drift.sum() / 4)
-    assert stats["ppo/mean_non_score_reward"] == near(-0.5 * drift.mean())
-    assert stats["objective/entropy"] == near(-stats["objective/logprobs"].sum() / 4)
-    assert stats["ppo/policy/entropy"] == near(entropy)
-    assert (stats["ppo/mean_scores"], stats["ppo/std_scores"]) == (near(scores.mean()), near(scores.std()))
-    assert stats["ppo/val/mean"] == near(values.mean()) == stats["ppo/val/vpred"]
-    assert stats["ppo/val/var"] == near(values.var())
-    assert stats["ppo/loss/total"] == near(stats["ppo/loss/policy"] + 0.1 * stats["ppo/loss/value"])
-    assert stats["ppo/loss/value"] == near(0.5 * stats["ppo/val/error"])  # nothing has moved: nothing is clipped
-    assert stats["ppo/val/var_explained"] == near(1 - stats["ppo/val/error"] / stats["ppo/returns/var"])
+    alone = [by_hand(trainer.model, q, r, 0.8) for q, r in zip(queries, responses)]
+    logp, logprobs, values = zip(*alone)
+    drift = [own - by_hand(trainer.ref_model, q, r, 0.8)[1]
+             for own, q, r in zip(logprobs, queries, responses)]
+    advantages, returns = [], []
+    for d, value, score in zip(drift, values, scores):  # each row by itself
+        reward = -0.5 * d
+        reward[-1] += score.clamp(-0.5, 0.5)
+        a, r = ppo.gae(value[None], reward[None], ones(1, len(d)), 0.9, 0.8)
+        advantages.append(a[0]), returns.append(r[0])
+    returns, values = torch.cat(returns), torch.cat(values)
+    stats = {name: float(value) for name, value in trainer.step(queries, responses, scores).items()
+             if not isinstance(value, torch.Tensor) or value.dim() == 0}
+    raw, scores = torch.stack(scores), torch.stack(scores).clamp(-0.5, 0.5)
+    error = (values - returns) ** 2
+    want = {
+        "objective/kl": torch.stack([d.sum() for d in drift]).mean(),
+        "objective/kl_coef": 0.5,
+        "objective/entropy": -torch.stack([own.sum() for own in logprobs]).mean(),
+        "objective/scores": raw.mean(), "objective/scores_std": raw.std(),
+        "ppo/mean_scores": scores.mean(), "ppo/std_scores": scores.std(),
+        "ppo/mean_non_score_reward": -0.5 * torch.cat(drift).mean(),
+        "ppo/policy/entropy": torch.cat([-(p.exp() * p).sum(-1) for p in logp]).mean(),
+        "ppo/val/mean": values.mean(), "ppo/val/vpred": values.mean(), "ppo/val/var": values.var(),
+        "ppo/returns/mean": returns.mean(), "ppo/returns/var": returns.var(),
+        "ppo/val/error": error.mean(), "ppo/val/var_explained": 1 - error.mean() / returns.var(),
+        "ppo/loss/policy": 0,  # whitened advantages of ratio 1
+        "ppo/loss/value": error.mean() / 2,  # nothing has moved: nothing is clipped
+        "ppo/loss/total": 0.1 * error.mean() / 2,
+        "ppo/policy/advantages_mean": 0, "ppo/policy/skipped": 0, "ppo/policy/clipfrac": 0,
+        "ppo/val/clipfrac": 0}
+    for name, value in want.items():
+        assert stats[name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
 
 
-def test_each_epoch_tells_how_far_its_ratios_are_from_one(make_trainer, make_batch):
-    """P33: with many updates a batch, ratios run away; one sees in which epoch."""
-    stats = make_trainer(ppo_epochs=3, learning_rate=3e-3).step(*make_batch())
-    ratios = stats["ppo/policy/ratio"].split(14)
-    told = [stats[f"ppo/policy/log_ratio_epoch_{e}"].item() for e in range(3)]
-    assert told == pytest.approx([ratio.log().abs().mean().item() for ratio in ratios], rel=1e-4, abs=1e-7)
-    assert told[0] < 1e-6 < 0.01 < told[1] < told[2]
+def test_statistics_of_the_move_are_means_over_its_tokens(make_trainer, make_batch):
+    """Minibatches of 4, 2, 5, and 3 tokens: each token has the same weight."""
+    stats = make_trainer(mini_batch_size=1, ppo_epochs=3, learning_rate=3e-3).step(*make_batch())
+    log_ratio = stats["ppo/policy/ratio"].log()
+    assert log_ratio.abs().max() > 0.1
+    want = {"policykl": -log_ratio, "approxkl": log_ratio**2 / 2, "ratio_mean": log_ratio.exp(),
+            "kl_k3": log_ratio.exp() - 1 - log_ratio}
+    for name, value in want.items():
+        got = stats[f"ppo/policy/{name}"].item()
+        assert got == pytest.approx(value.mean().item(), rel=1e-3, abs=1e-5), name
+    for epoch, part in enumerate(log_ratio.split(14)):  # P33: where ratios run away, one sees when
+        got = stats[f"ppo/policy/log_ratio_epoch_{epoch}"].item()
+        assert got == pytest.approx(part.abs().mean().item(), rel=1e-3, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the dataloader
+# --------------------------------------------------------------------------- the dataloader
 DATASET = [{"input_ids": [i, i], "query": f"w{i}", "answer": i} for i in range(4, 14)]
 
 
 def test_the_dataloader_keeps_all_columns_and_whole_batches(make_trainer):
-    """P27: columns that the model does not take vanished, with the answers that a reward needs."""
+    """P27: columns that the model does not take vanished, with what a reward needs."""
     batches = list(make_trainer(dataset=DATASET).dataloader)
     assert [len(batch["query"]) for batch in batches] == [4, 4]
-    seen = [(q.tolist(), text, answer) for batch in batches for q, text, answer
-            in zip(batch["input_ids"], batch["query"], batch["answer"])]
-    assert all(q == [answer, answer] and text == f"w{answer}" for q, text, answer in seen)
+    seen = [row for batch in batches
+            for row in zip(batch["input_ids"], batch["query"], batch["answer"])]
+    assert all(q.tolist() == [answer] * 2 and text == f"w{answer}" for q, text, answer in seen)
     answers = [answer for _, _, answer in seen]
     assert len(set(answers)) == 8 and answers != sorted(answers)
 
 
+def test_each_epoch_has_the_same_rows_in_another_order(make_trainer):
+    loader = make_trainer(dataset=DATASET[:8]).dataloader
+    orders = [[answer for batch in loader for answer in batch["answer"]] for _ in range(3)]
+    assert [sorted(order) for order in orders] == [list(range(4, 12))] * 3
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_dataloader_draws_nothing_from_the_numbers_that_sample_responses(make_trainer):
+    loader, state = make_trainer(dataset=DATASET).dataloader, torch.get_rng_state()
+    numbers = np.random.get_state()[1].tolist()
+    list(loader)
+    assert torch.equal(state, torch.get_rng_state())
+    assert numbers == np.random.get_state()[1].tolist()
+
+
 def test_a_collator_of_one_s_own_makes_the_batches(make_trainer):
-    trainer = make_trainer(dataset=DATASET, data_collator=lambda rows: {"sum": sum(row["answer"] for row in rows)})
-    assert sum(batch["sum"] for batch in trainer.dataloader) < sum(range(4, 14))
+    collator = lambda rows: {"sum": sum(row["answer"] for row in rows)}
+    trainer = make_trainer(dataset=DATASET[:8], data_collator=collator)
+    assert sum(batch["sum"] for batch in trainer.dataloader) == sum(range(4, 12))
 
 
-def test_too_few_rows_for_a_batch_are_told_as_such(make_trainer):
+def test_too_few_rows_for_a_batch_are_refused(make_trainer):
     """P26: an unrelated UnboundLocalError."""
-    with pytest.raises(ValueError, match="10 rows.*16"):
+    with pytest.raises(ValueError, match="10.*16"):
         make_trainer(dataset=DATASET, batch_size=16)
 
 
-def test_no_dataset_is_told(make_model, tokenizer):
-    with pytest.warns(UserWarning, match="no dataset"):
+def test_no_dataset_is_warned_about(make_model, tokenizer):
+    with pytest.warns(UserWarning, match="dataset"):
         trainer = ppo.PPOTrainer(ppo.PPOConfig(), make_model(), tokenizer=tokenizer)
     assert trainer.dataloader is None
 
 
-def test_columns_that_are_not_trained_on_are_kept_where_wished(monkeypatch, tmp_path):
-    """remove_unused_columns, P27"""
-    class Enough(Exception):
-        pass
-
-    def load_prompts(*args, keep_columns, **kwargs):
-        raise Enough(keep_columns)
-
-    monkeypatch.setattr(ppo, "load_prompts", load_prompts)
-    for remove in (True, False):
-        with pytest.raises(Enough, match=str(not remove)):
-            ppo.main(ppo.PPOConfig(remove_unused_columns=remove, output_dir=str(tmp_path)))
-
-
-# ------------------------------------------------------------------------------------------------ trackers
+# --------------------------------------------------------------------------- trackers
 def events(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     log = EventAccumulator(str(folder))
@@ -1209,35 +1508,56 @@ def events(folder):
 
 def test_tensorboard_gets_numbers_vectors_and_the_table(make_trainer, make_batch, tmp_path):
     trainer = make_trainer(
-        log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path / "logs")}, tracker_project_name="mine",
-        tracker_kwargs={"tensorboard": {"filename_suffix": ".try7"}})
+        log_with="tensorboard", project_kwargs={"logging_dir": str(tmp_path / "logs")},
+        tracker_project_name="mine", tracker_kwargs={"tensorboard": {"filename_suffix": ".try7"}})
     queries, responses, scores = make_batch()
     stats = trainer.step(queries, responses, scores)
     trainer.log_stats(stats, {"query": list("abcd"), "response": list("efgh")}, scores)
     trainer.accelerator.end_training()
     log = events(tmp_path / "logs" / "mine")
     assert list((tmp_path / "logs" / "mine").glob("events*.try7"))
-    told = {name: log.Scalars(name)[0] for name in ("objective/kl_coef", "env/reward_mean")}
-    assert [event.step for event in told.values()] == [1, 1]
-    assert [event.value for event in told.values()] == pytest.approx([0.2, torch.stack(scores).mean().item()])
+    settings = next((tmp_path / "logs" / "mine").rglob("hparams.yml")).read_text()
+    assert "learning_rate: 0.001" in settings and "batch_size: 4" in settings
+    rewards = torch.stack(scores)
+    want = {"objective/kl_coef": 0.2, "env/reward_mean": rewards.mean().item(),
+            "env/reward_std": rewards.std(correction=0).item()}
+    logged = {name: log.Scalars(name)[0] for name in want}
+    assert [event.step for event in logged.values()] == [1] * 3
+    assert [event.value for event in logged.values()] == pytest.approx(list(want.values()))
     assert {"objective/kl_dist", "env/reward_dist"} <= set(log.Tags()["histograms"])
-    assert "a | e" in log.Tensors("game_log/text_summary")[0].tensor_proto.string_val[0].decode()
+    table = log.Tensors("game_log/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert all(text in table for text in ("a | e", "d | h", f"{scores[0].item():.2f}"))
+    with pytest.raises(ValueError, match="response"):  # a column that is not in the batch
+        trainer.log_stats(stats, {"query": list("abcd")}, scores)
 
 
-def test_wandb_gets_a_table_of_the_columns_asked_for(make_trainer, make_batch, monkeypatch):
+def test_wandb_gets_histograms_and_a_table_of_the_columns_asked_for(
+        make_trainer, make_batch, monkeypatch):
     class Tracker:
         name, logged, tables = "wandb", {}, []
-        log = lambda self, values, step, **kwargs: self.logged.update(values)
-        log_table = lambda self, name, columns, data, step: self.tables.append((name, columns, data, step))
+
+        def log(self, values, step, **kwargs):
+            self.logged.update(values)
+
+        def log_table(self, name, columns, data, step):
+            self.tables.append((name, columns, data, step))
+
+    def histogram(values):  # as wandb makes it
+        return np.histogram(values, bins=64)[0].sum()
 
     trainer = make_trainer()
     trainer.config.log_with, trainer.accelerator.trackers = "wandb", [Tracker()]
-    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"Histogram": list}))
+    monkeypatch.setitem(sys.modules, "wandb", type("wandb", (), {"Histogram": histogram}))
     queries, responses, _ = make_batch(((2, 2), (2, 2)))
     stats = trainer.step(queries, responses, scores_of(1, 3))
-    trainer.log_stats(stats, {"query": ["a", "b"], "gold": [7, 8]}, scores_of(1, 3), columns_to_log=["query", "gold"])
-    assert Tracker.tables == [("game_log", ["query", "gold", "reward"], [["a", 7, 1.0], ["b", 8, 3.0]], 1)]
-    assert Tracker.logged["env/reward_mean"] == 2 and Tracker.logged["env/reward_dist"] == [1.0, 3.0]
+    stats["ppo/policy/ratio"][0] = math.inf  # no histogram has a place for it
+    stats["ppo/policy/advantages"] = 1 + torch.arange(2) * 1e-7  # narrower than float32 divides
+    batch = {"query": ["a", "b"], "gold": [7, 8]}
+    trainer.log_stats(stats, batch, scores_of(1, 3), columns_to_log=["query", "gold"])
+    table = [["a", 7, 1.0], ["b", 8, 3.0]]
+    assert Tracker.tables == [("game_log", ["query", "gold", "reward"], table, 1)]
+    assert Tracker.logged["env/reward_mean"] == 2 and Tracker.logged["env/reward_dist"] == 2
+    assert Tracker.logged["ppo/policy/ratio"] == 3
 
 
 def test_without_a_tracker_nothing_is_logged(make_trainer, make_batch, tmp_path, monkeypatch):
@@ -1249,12 +1569,7 @@ def test_without_a_tracker_nothing_is_logged(make_trainer, make_batch, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_column_that_is_not_in_the_batch_is_named(make_trainer):
-    with pytest.raises(ValueError, match="response"):
-        make_trainer().log_stats({}, {"query": ["a"]}, scores_of(1))
-
-
-# ------------------------------------------------------------------------------------------------ what is kept
+# --------------------------------------------------------------------------- models and checkpoints
 def test_a_saved_policy_opens_as_a_plain_model_with_a_card(make_trainer, make_batch, tmp_path):
     trainer = make_trainer(task_name="kindness", exp_name="try-7", model_name="my/model")
     trainer.step(*make_batch())
@@ -1263,7 +1578,8 @@ def test_a_saved_policy_opens_as_a_plain_model_with_a_card(make_trainer, make_ba
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         want, _, values = trainer.model(tokens)
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder).eval()(tokens).logits, want)
+        plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(plain(tokens).logits, want)
         again = AutoModelForCausalLMWithValueHead.from_pretrained(folder, require_v_head=True).eval()
         torch.testing.assert_close(again(tokens)[2], values)
     assert AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids == [5, 7]
@@ -1275,16 +1591,17 @@ def test_the_reference_adapter_is_not_saved(make_trainer, make_model, make_batch
     from safetensors.torch import load_file
     trainer = make_trainer(make_model(lora="trained"))
     trainer.step(*make_batch())
-    trainer.save_pretrained(str(tmp_path / "out"))
-    files = {file.name for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    trainer.save_pretrained(str(tmp_path))
+    files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"} <= files
     assert "model.safetensors" not in files
-    assert not any("reference" in path.name for path in (tmp_path / "out").rglob("*"))
-    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert not any("reference" in path.name for path in tmp_path.rglob("*"))
+    saved = load_file(tmp_path / "adapter_model.safetensors")
     policy = {name: p for name, p in trainer.model.named_parameters() if ".default." in name}
     assert len(saved) == len(policy)
     for name, p in policy.items():
-        assert torch.equal(saved[name.removeprefix("pretrained_model.").replace(".default", "")], p)
+        name = name.removeprefix("pretrained_model.").replace(".default", "")
+        assert torch.equal(saved[name], p)
 
 
 def test_the_model_card_can_be_written_alone(make_trainer, tmp_path):
@@ -1293,44 +1610,83 @@ def test_the_model_card_can_be_written_alone(make_trainer, tmp_path):
     assert "# Ours" in card and "AutoModelForSeq2SeqLM" in card
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """What is sent to the hub: repositories made, and files with the commit's message."""
+    class Sent:
+        repositories = []
+        commits = []
+
+    def create_repo(self, repo_id, private=None, **kwargs):
+        Sent.repositories.append((repo_id, private))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message=None, **kwargs):
+        files = {path.name for path in Path(folder_path).rglob("*")}
+        Sent.commits.append((repo_id, files, commit_message))
+
+    def create_commit(self, repo_id, operations, *, commit_message=None, **kwargs):
+        Sent.commits.append((repo_id, {op.path_in_repo for op in operations}, commit_message))
+
+    for method in (create_repo, upload_folder, create_commit):
+        monkeypatch.setattr(huggingface_hub.HfApi, method.__name__, method)
+    return Sent
+
+
 @pytest.mark.parametrize("compare_steps, pushed_at", [(1, [1, 2, 4]), (2, [2, 4])])
-def test_the_best_raw_score_is_pushed(compare_steps, pushed_at, make_trainer, make_batch):
+def test_the_policy_is_pushed_when_its_raw_score_is_the_best(
+        compare_steps, pushed_at, make_trainer, make_batch, hub):
     """P35: clipped and scaled scores were compared, those of the rank alone."""
-    where, calls = {"repo_id": "me/best", "private": True}, []
-    trainer = make_trainer(push_to_hub_if_best_kwargs=where, compare_steps=compare_steps, score_clip=0.1,
-                           use_score_scaling=True, use_score_norm=True)
-    trainer.push_to_hub = lambda **kwargs: calls.append((trainer.current_step, kwargs))
-    for score in (3.0, 7.0, 7.0, 8.0, 5.0):
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best", "private": True},
+                           compare_steps=compare_steps, score_clip=0.1, use_score_scaling=True,
+                           use_score_norm=True)
+    when = []
+    for update, score in enumerate((3.0, 7.0, 7.0, 8.0, 5.0), start=1):
+        before = len(hub.commits)
         step_with_scores(trainer, make_batch, score, score + 1)
-    assert [step for step, _ in calls] == pushed_at
-    assert all(kwargs == where for _, kwargs in calls)
+        when += [update] * (len(hub.commits) > before)
+    assert when == pushed_at and set(hub.repositories) == {("me/best", True)}
 
 
-def test_nothing_is_pushed_unasked(make_trainer, make_batch):
-    trainer = make_trainer()
-    trainer.push_to_hub = None  # would not survive a call
-    trainer.step(*make_batch())
+def test_a_resumed_run_remembers_the_best_score(make_trainer, make_batch, hub, tmp_path):
+    settings = {"push_to_hub_if_best_kwargs": {"repo_id": "me/best"}}
+    one, two = make_trainer(**settings), make_trainer(**settings)
+    step_with_scores(one, make_batch, 7.0, 7.0)
+    one.save_checkpoint(tmp_path)
+    two.load_checkpoint(tmp_path / "checkpoint-1")
+    hub.commits.clear()
+    step_with_scores(two, make_batch, 5.0, 5.0)
+    assert not hub.commits
+    step_with_scores(two, make_batch, 8.0, 8.0)
+    assert hub.commits
 
 
-def test_model_value_head_and_tokenizer_go_to_one_repository(make_trainer, monkeypatch):
-    trainer, calls = make_trainer(), []
-    for part in (trainer.policy, trainer.tokenizer):
-        monkeypatch.setattr(part, "push_to_hub", lambda **kwargs: calls.append(kwargs))
-    trainer.push_to_hub(repo_id="me/it", private=True, commit_message="done")
-    kwargs, others = calls
-    assert kwargs["commit_message"] == "done"
-    assert kwargs["repo_id"] == others["repo_id"] == "me/it" and kwargs["private"] is others["private"] is True
+def test_nothing_is_pushed_unless_asked(make_trainer, make_batch, hub):
+    make_trainer().step(*make_batch())
+    assert not hub.repositories and not hub.commits
+
+
+def test_model_value_head_and_tokenizer_go_to_one_repository(make_trainer, hub):
+    make_trainer().push_to_hub(repo_id="me/it", private=True, commit_message="done")
+    assert set(hub.repositories) == {("me/it", True)}
+    assert {repo for repo, _, _ in hub.commits} == {"me/it"}
+    files = set().union(*(files for _, files, _ in hub.commits))
+    assert {"model.safetensors", "value_head.safetensors", "tokenizer.json"} <= files
+    assert "done" in {message for _, _, message in hub.commits}
 
 
 @pytest.mark.parametrize("lora", [None, "trained"])
-def test_a_run_goes_on_from_its_checkpoint_to_the_same_numbers(lora, make_trainer, make_model, tmp_path):
-    """P24: weights were all that could be kept."""
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_numbers(
+        lora, make_trainer, make_model, tmp_path):
+    """P24: weights were all that could be saved."""
     def start():
         model = make_model(lora=lora)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=1e-3)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return make_trainer(model, optimizer=optimizer, lr_scheduler=scheduler, mini_batch_size=2, ppo_epochs=2,
-                            use_score_scaling=True, horizon=50, target=1e-3)
+        return make_trainer(model, optimizer=optimizer, lr_scheduler=scheduler, mini_batch_size=2,
+                            ppo_epochs=2, use_score_scaling=True, use_score_norm=True, horizon=50,
+                            target=1e-3)
 
     def update(trainer):
         queries = [torch.randint(4, VOCAB, (3,)) for _ in range(4)]
@@ -1341,36 +1697,26 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_numbers(lora, make_traine
     update(one), update(one)
     one.save_checkpoint(tmp_path)
     want = update(one)
-    ppo.set_seed(99)
+    set_seed(99)
     two = start()
     two.load_checkpoint(tmp_path / "checkpoint-2")
     got = update(two)
-    assert two.current_step == one.current_step == 3 and two.kl_ctl.value == one.kl_ctl.value != 0.2
-    assert vars(two.running)["mean"] == vars(one.running)["mean"] and two.highest_reward == one.highest_reward
+    assert two.current_step == one.current_step == 3
+    assert two.kl_ctl.value == one.kl_ctl.value != 0.2
     assert got["ppo/learning_rate"] == want["ppo/learning_rate"] != 1e-3
-    figures = [name for name in want if not name.startswith("time/")]
-    assert all(torch.equal(torch.as_tensor(want[name]), torch.as_tensor(got[name])) for name in figures)
+    for name in want:
+        if not name.startswith("time/"):
+            assert torch.equal(torch.as_tensor(want[name]), torch.as_tensor(got[name])), name
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters()))
 
 
-def test_a_run_that_is_resumed_learns_at_the_rate_it_is_now_told(make_trainer, make_batch, tmp_path):
+def test_a_resumed_run_learns_at_the_rate_it_is_given(make_trainer, make_batch, tmp_path):
     trainer = make_trainer()
     trainer.step(*make_batch())
     trainer.save_checkpoint(tmp_path)
     slower = make_trainer(learning_rate=1e-6)
     slower.load_checkpoint(tmp_path / "checkpoint-1")
     assert slower.step(*make_batch())["ppo/learning_rate"] == 1e-6
-
-
-def test_a_short_query_does_not_pay_for_the_longest_of_the_batch(make_trainer, monkeypatch):
-    """An encoder-decoder's queries too: as many of their tokens go through at once as of answers."""
-    trainer, widths = make_trainer("t5", batch_size=2, mini_batch_size=1), []
-    encoder = trainer.policy.pretrained_model.get_encoder()
-    encoder.register_forward_pre_hook(lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-    monkeypatch.setattr(ppo, "FORWARD_TOKENS", 40)
-    queries = [torch.arange(4, 34), torch.arange(4, 7)]
-    trainer.step(queries, [torch.tensor([PAD, 5, 6])] * 2, scores_of(1, 2))
-    assert sorted(widths) == [(1, 3)] * 2 + [(1, 30)] * 2  # one pass without gradient and one with, a row at a time
 
 
 def test_the_newest_checkpoint_alone_is_kept(make_trainer, make_batch, tmp_path):
@@ -1381,81 +1727,59 @@ def test_the_newest_checkpoint_alone_is_kept(make_trainer, make_batch, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
-def test_an_answer_that_does_not_end_pays_a_penalty(tmp_path):
-    """P39: it had the full score."""
-    reward = tmp_path / "reward.py"
-    reward.write_text("def score(texts):\n    return [1.0] * len(texts)\n")
-    sizes = {"batch_size": 4, "mini_batch_size": 4, "steps": 4, "ppo_epochs": 1, "max_new_tokens": 1}
-    stats = ppo.main(ppo.PPOConfig(
-        reward_model=f"{reward}:score", missing_eos_penalty=3.0, output_dir=str(tmp_path), **sizes))
-    assert stats["objective/scores"] == -2 and stats["tokens/responses_len_mean"] == 1
-
-
-# ------------------------------------------------------------------------------------------------ wrong inputs
+# --------------------------------------------------------------------------- wrong inputs
 def without(value):
     return lambda rows: rows[:1] + [value] + rows[2:]
 
 
-@pytest.mark.parametrize("part, change, told", [
-    ("queries", tuple, None),
-    ("scores", without(torch.tensor([1.0])), None),
-    ("responses", torch.stack, "responses must be a list"),
-    ("responses", lambda rows: rows[:3], "responses must be a list of 4.*of 3"),
-    ("scores", lambda rows: rows[:3], "scores must be a list of 4.*of 3"),
-    ("masks", lambda rows: rows[:3], "response_masks must be a list of 4.*of 3"),
-    ("queries", without([5, 6]), r"queries\[1\] must be a tensor"),
-    ("queries", without(torch.tensor([[5, 6]])), r"queries\[1\] must be one-dimensional"),
+@pytest.mark.parametrize("part, change, named", [
+    ("responses", torch.stack, "responses"),
+    ("responses", lambda rows: rows[:3], "responses.*4.*3"),
+    ("scores", lambda rows: rows[:3], "scores.*4.*3"),
+    ("masks", lambda rows: rows[:3], "response_masks.*4.*3"),
+    ("queries", without([5, 6]), r"queries\[1\]"),
+    ("queries", without(torch.tensor([[5, 6]])), r"queries\[1\]"),
     ("responses", without(torch.tensor([], dtype=torch.long)), r"responses\[1\]"),
-    ("scores", without(1.0), r"scores\[1\] must be a tensor"),
-    ("scores", without(torch.zeros(2)), r"scores\[1\] must be one number"),
-    ("scores", without(torch.zeros(1, 1)), r"scores\[1\] must be one number"),
-    ("scores", without(torch.tensor(math.nan)), r"scores\[1\] is nan"),
-    ("scores", without(torch.tensor(-math.inf)), r"scores\[1\] is -inf"),
+    ("scores", without(1.0), r"scores\[1\]"),
+    ("scores", without(torch.zeros(2)), r"scores\[1\]"),
+    ("scores", without(torch.zeros(1, 1)), r"scores\[1\]"),
+    ("scores", without(torch.tensor(math.nan)), r"scores\[1\].*nan"),
+    ("scores", without(torch.tensor(-math.inf)), r"scores\[1\].*-inf"),
     ("masks", without(torch.tensor([1])), r"response_masks\[1\]"),
     ("masks", without(torch.tensor([0, 0])), r"response_masks\[1\]")])
-def test_what_a_step_can_not_take_is_told_by_row_before_any_weight_moves(
-        part, change, told, make_trainer, make_batch, weights, moved):
+def test_a_wrong_input_of_step_is_named_by_row_before_any_weight_moves(
+        part, change, named, make_trainer, make_batch, weights, moved):
     """P19: an empty response was an index error deep inside."""
     trainer = make_trainer()
     queries, responses, scores = make_batch(((3, 2),) * 4)
-    parts = {"queries": queries, "responses": responses, "scores": scores, "masks": [torch.tensor([1, 1])] * 4}
+    masks = [torch.tensor([1, 1])] * 4
+    parts = {"queries": queries, "responses": responses, "scores": scores, "masks": masks}
     parts[part] = change(parts[part])
     before = weights(trainer.model)
-    if told is None:
+    with pytest.raises(ValueError, match=named):
         trainer.step(*parts.values())
-    else:
-        with pytest.raises(ValueError, match=told):
-            trainer.step(*parts.values())
-    assert bool(moved(before, trainer.model)) == (told is None)
+    assert not moved(before, trainer.model)
 
 
-def test_an_encoder_decoder_s_response_is_more_than_its_start(make_trainer, make_batch):
-    """P19"""
-    queries, responses, scores = make_batch(((3, 2), (3, 0)), start=PAD)
-    with pytest.raises(ValueError, match=r"responses\[1\] is empty"):
-        make_trainer("t5").step(queries, responses, scores)
+def test_tuples_and_scores_of_any_type_or_one_number_are_taken(make_trainer, make_batch):
+    queries, responses, _ = make_batch(((3, 2),) * 4)
+    scores = [torch.tensor(1), torch.tensor([2.0]), torch.tensor(3.0, dtype=torch.float64),
+              torch.tensor(4.0, dtype=torch.bfloat16)]
+    stats = make_trainer().step(tuple(queries), responses, scores)
+    assert stats["ppo/mean_scores"] == 2.5
 
 
-def test_an_encoder_decoder_s_mask_leaves_one_generated_token(make_trainer, make_batch):
-    with pytest.raises(ValueError, match=r"response_masks\[1\]"):
-        masks = [torch.tensor([0, 1, 1]), torch.tensor([1, 0, 0])]
-        make_trainer("t5").step(*make_batch(((3, 2), (3, 2)), start=PAD), masks)
+@pytest.mark.parametrize("rows, masks, named", [
+    (((3, 2), (3, 0)), None, r"responses\[1\]"),  # P19: the start token is no response
+    (((3, 2), (3, 2)), ([0, 1, 1], [1, 0, 0]), r"response_masks\[1\]")])
+def test_an_encoder_decoder_s_response_is_more_than_its_start(
+        rows, masks, named, make_trainer, make_batch):
+    with pytest.raises(ValueError, match=named):
+        make_trainer("t5").step(*make_batch(rows, start=PAD), masks and list(map(torch.tensor, masks)))
 
 
-def test_names_that_code_for_trl_calls(make_trainer, make_batch):
-    trainer, (queries, responses, scores) = make_trainer(kl_penalty="mse"), make_batch()
-    assert trainer._kl_penalty(torch.tensor(3.0), torch.tensor(1.0)) == 2
-    checked = trainer._step_safety_checker(4, queries, responses, [score[None] for score in scores])
-    assert [score.item() for score in checked[2]] == [score.item() for score in scores]
-    with pytest.raises(ValueError, match="list of 3"):
-        trainer._step_safety_checker(3, queries, responses, scores)
-    inputs = trainer.prepare_model_inputs(queries, responses)
-    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (4, 8)
-    assert inputs["attention_mask"].sum(1).tolist() == [q + r for q, r in ROWS]
-
-
-@pytest.mark.parametrize("part, value", [("config", {"batch_size": 4}), ("model", "gpt2"), ("tokenizer", None),
-                                         ("ref_model", "gpt2")])
+@pytest.mark.parametrize("part, value", [
+    ("config", {"batch_size": 4}), ("model", "gpt2"), ("tokenizer", None), ("ref_model", "gpt2")])
 def test_parts_that_do_not_go_together_are_refused(part, value, make_model, tokenizer):
     parts = {"config": ppo.PPOConfig(), "model": make_model(), "tokenizer": tokenizer, part: value}
     with pytest.raises(ValueError, match=part):
@@ -1463,5 +1787,5 @@ def test_parts_that_do_not_go_together_are_refused(part, value, make_model, toke
 
 
 def test_a_model_without_a_value_head_is_refused(make_hf_model, tokenizer):
-    with pytest.raises(ValueError, match="value head"):
+    with pytest.raises(ValueError, match="model"):
         ppo.PPOTrainer(ppo.PPOConfig(), make_hf_model("gpt2"), tokenizer=tokenizer)

@@ -1,7 +1,7 @@
-"""The figures of TRL 0.7.10 itself (recorded_ppo.json), from the smallest function to three whole updates.
+"""The numbers of TRL 0.7.10 itself (recorded_ppo.json), from the smallest function to whole updates.
 
-Cases are those in which 0.7.10 is right, or was mended to be: `mended` names the defect. What it gets wrong is in
-test_ppo.py.
+Cases are those in which 0.7.10 is right, or was corrected: `corrected` names the defect. What it gets
+wrong is in test_ppo.py.
 
     python -m pytest -q tests/test_recorded.py
 """
@@ -124,15 +124,15 @@ def build(kind, seed, lora=False, near=None):
 
 def changes(before, model):
     """{parameter: [norm of its change, the change's product with cos(0.7 i + 0.3)]}"""
-    told = {}
+    summary = {}
     for name, p in model.named_parameters():
         change = (p.detach().double() - before[name].double()).flatten()
         if name.endswith("c_attn.bias"):  # a bias of the keys has no gradient but rounding, of which Adam makes a step
             change[len(change) // 3:2 * len(change) // 3] = 0
         probe = torch.cos(torch.arange(len(change), dtype=torch.float64) * 0.7 + 0.3)
         name = name.removeprefix("pretrained_model.").removeprefix("base_model.model.")
-        told[name] = [change.norm().item(), (change @ probe).item()]
-    return told
+        summary[name] = [change.norm().item(), (change @ probe).item()]
+    return summary
 
 
 @cases("steps")
@@ -154,7 +154,7 @@ def test_whole_updates(case, make_trainer, weights, monkeypatch):
         for name, value in want.items():
             loose = "objective/kl" in name or "advantages" in name  # small differences of large numbers
             agree(stats[name], value, rtol=1e-4, atol=2e-5 if loose else 5e-6)
-    told = changes(before, model)
+    changed = changes(before, model)
     for name, (norm, product) in case["weights"].items():
-        agree(told[name], [norm, product], rtol=0, atol=1e-3 * norm + 1e-7)
-    assert {name for name, (norm, _) in told.items() if norm} == set(case["weights"])
+        agree(changed[name], [norm, product], rtol=0, atol=1e-3 * norm + 1e-7)
+    assert {name for name, (norm, _) in changed.items() if norm} == set(case["weights"])
