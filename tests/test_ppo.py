@@ -147,11 +147,12 @@ def test_an_old_name_sets_the_new_one(old, value, new, want):
 @pytest.mark.parametrize("wrong, named", [
     ({"batch_size": 6, "mini_batch_size": 4}, "batch_size=6"),
     ({"batch_size": 6, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size=6"),
-    ({"mini_batch_size": 0}, "mini_batch_size=0"),
-    ({"steps": 0}, "steps=0"),
-    ({"temperature": 0.0}, "temperature=0"),
-    ({"compare_steps": 0}, "compare_steps=0"),
+    *(({name: 0}, f"{name}=0") for name in (
+        "steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs",
+        "compare_steps", "save_freq", "max_new_tokens", "generation_batch_size")),
+    ({"temperature": -0.5}, "temperature=-0.5"),
     ({"target": -1}, "target=-1"),
+    ({"horizon": 0.0}, "horizon=0"),
     ({"kl_penalty": "k3"}, "kl_penalty='k3'"),
     ({"push_to_hub_if_best_kwargs": {"private": True}}, "push_to_hub_if_best_kwargs")])
 def test_a_wrong_configuration_is_refused_by_the_argument_s_name(wrong, named):
@@ -186,12 +187,13 @@ def test_sampling_scoring_and_training_have_one_precision(make_trainer, make_mod
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(note(of))
     half = torch.bfloat16
+    without_gradient = {("policy", False, half), ("reference", False, half)}
     queries, responses, scores = make_batch()
     trainer.generate(queries, generate_ref_response=True, do_sample=True, max_new_tokens=2)
-    assert set(seen) == {("policy", False, half), ("reference", False, half)}
+    assert set(seen) == without_gradient
     seen.clear()
     stats = trainer.step(queries, responses, scores)
-    assert set(seen) == {("policy", False, half), ("reference", False, half), ("policy", True, half)}
+    assert set(seen) == without_gradient | {("policy", True, half)}
     # the sums over a vocabulary, the value head, and the weights keep float32
     _, _, values, _ = trainer.batched_forward_pass(
         trainer.model, queries, responses, trainer.prepare_model_inputs(queries, responses))
@@ -204,21 +206,23 @@ def test_sampling_scoring_and_training_have_one_precision(make_trainer, make_mod
 def plain_update(policy, reference, batch, masks, c, lr):
     """One PPO update with SGD, one row at a time and without padding, straight from the papers.
 
-    c: a PPOConfig; each of its epochs is one optimizer step on the whole batch."""
+    c: a PPOConfig; each of its epochs is one optimizer step on the whole batch. Returns how far
+    the ratio has moved from 1."""
     rows = [(query, response) for query, response in zip(*batch[:2])]
     keep = [torch.as_tensor(mask).bool() for mask in masks]
     with torch.no_grad():
         old = [row_alone(policy, *row, c.temperature) for row in rows]
         ref = [row_alone(reference, *row, c.temperature) for row in rows]
     rewards, values = [], []
-    for (logp, logprob, value), (ref_logp, ref_logprob, _), score, k in zip(old, ref, batch[2], keep):
+    for i, (logp, logprob, value) in enumerate(old):
+        ref_logp, ref_logprob, _ = ref[i]
         difference = logprob - ref_logprob
         penalty = {"kl": difference, "abs": difference.abs(), "mse": difference**2 / 2,
                    "full": (logp.exp() * (logp - ref_logp)).sum(-1)}[c.kl_penalty]
-        reward = -c.init_kl_coef * penalty[k]
-        reward[-1] += score
+        reward = -c.init_kl_coef * penalty[keep[i]]
+        reward[-1] += batch[2][i]
         rewards.append(reward)
-        values.append(value[k])
+        values.append(value[keep[i]])
     if c.whiten_rewards:
         pool = torch.cat(rewards)
         rewards = [(reward - pool.mean()) / pool.std() + pool.mean() for reward in rewards]
@@ -234,13 +238,15 @@ def plain_update(policy, reference, batch, masks, c, lr):
     parameters = [p for p in policy.parameters() if p.requires_grad]
     for _ in range(c.ppo_epochs):
         new = [row_alone(policy, *row, c.temperature) for row in rows]
-        ratio = (torch.cat([logprob[k] for (_, logprob, _), k in zip(new, keep)]) - old_logprobs).exp()
+        logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(new, keep)])
+        ratio = (logprobs - old_logprobs).exp()
         vpred = torch.cat([value[k] for (_, _, value), k in zip(new, keep)])
         clipped = ratio.clamp(1 - c.cliprange, 1 + c.cliprange)
         near = values + (vpred - values).clamp(-c.cliprange_value, c.cliprange_value)
         gain = torch.minimum(ratio * advantages, clipped * advantages).mean()
         error = torch.maximum((vpred - returns) ** 2, (near - returns) ** 2).mean()
-        grads = torch.autograd.grad(-gain + c.vf_coef * error / 2, parameters, materialize_grads=True)
+        loss = -gain + c.vf_coef * error / 2
+        grads = torch.autograd.grad(loss, parameters, materialize_grads=True)
         length = torch.stack([grad.norm() for grad in grads]).norm()
         shrink = min(1.0, (c.max_grad_norm or math.inf) / length.item())
         with torch.no_grad():
@@ -272,7 +278,8 @@ def test_an_update_is_what_plain_rows_give(arch, masked, settings, make_trainer,
     start = [0] * (arch in SEQ2SEQ)  # a mask covers the decoder's start token, which never counts
     given = [torch.tensor(start + mask) for mask in masks] if masked else None
     trainer.step(*batch, given)
-    assert plain_update(plain, reference, batch, masks, trainer.config, lr) > trainer.config.cliprange
+    far = plain_update(plain, reference, batch, masks, trainer.config, lr)
+    assert far > trainer.config.cliprange  # so that the clip has been at work
     for (name, got), want in zip(policy.named_parameters(), plain.parameters(), strict=True):
         # float32 sums in another order: some 1e-6 of a whole move
         moved, error = (want - before[name]).abs().max(), (got - want).abs().max()
@@ -292,7 +299,8 @@ def test_a_step_moves_the_whole_policy_and_never_the_reference(
 
 
 @pytest.mark.parametrize("arch, temperature", [*((arch, 0.7) for arch in EVERY), ("gpt2", 1.0)])
-def test_logprobs_and_values_are_those_of_each_row_alone(arch, temperature, make_trainer, make_batch):
+def test_logprobs_and_values_are_those_of_each_row_alone(
+        arch, temperature, make_trainer, make_batch):
     trainer = make_trainer(arch, temperature=temperature)
     queries, responses, _ = make_batch(start=START.get(arch))
     logprobs, values, masks = forward(trainer, queries, responses)
@@ -561,7 +569,8 @@ class Probabilities(LogitsProcessor):
     """The model gives the tokens these probabilities, and all others none."""
 
     def __init__(self, p):
-        self.p = torch.zeros(VOCAB).scatter(0, torch.tensor(list(p)), torch.tensor(list(p.values())))
+        self.p = torch.zeros(VOCAB)
+        self.p[list(p)] = torch.tensor(list(p.values()))
 
     def __call__(self, input_ids, scores):
         return self.p.log().expand(len(scores), -1)
@@ -578,8 +587,10 @@ def test_a_token_is_drawn_as_often_as_it_is_probable_and_never_at_probability_ze
         for token, probability in p.items():
             deviation = (probability * (1 - probability) / n) ** 0.5
             assert drawn[token].item() == pytest.approx(probability, abs=4.5 * deviation)
-    first, second = torch.stack(rows).T  # two draws of one row are independent: 0.1^2 + ... + 0.4^2
-    assert (first == second).float().mean().item() == pytest.approx(0.3, abs=4.5 * (0.21 / n) ** 0.5)
+    # the two draws of a row are independent: they agree with 0.1^2 + 0.2^2 + 0.3^2 + 0.4^2 = 0.3
+    first, second = torch.stack(rows).T
+    deviation = (0.3 * 0.7 / n) ** 0.5
+    assert (first == second).float().mean().item() == pytest.approx(0.3, abs=4.5 * deviation)
 
 
 def sampled(trainer, **given):
@@ -605,7 +616,7 @@ def test_sampling_from_another_distribution_than_is_scored_is_warned_about(given
     {"top_k": 1, "top_p": 0.01, "temperature": 0.01}, {"min_p": 0.9},
     {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1}, {"num_beams": 2},
     {"min_new_tokens": 1, "suppress_tokens": [4, 5, 6]}, {"forced_eos_token_id": EOS}])
-def test_the_model_s_own_sampling_settings_are_left_out(own, make_trainer, recwarn):
+def test_the_model_s_own_sampling_settings_are_left_out(own, make_trainer):
     """P32: they belong to chats; a rollout samples from what is scored."""
     trainer = make_trainer()
     plain = sampled(trainer)
@@ -957,7 +968,7 @@ def test_the_controller_sees_one_kl_whatever_the_penalty(make_trainer, make_mode
 def test_the_kl_coefficient_follows_target_and_horizon(
         target, horizon, make_trainer, make_model, make_batch):
     trainer = make_trainer(ref_model=make_model(seed=3), target=target, horizon=horizon,
-                           init_kl_coef=0.3)
+                           init_kl_coef=0.3, mini_batch_size=2)
     stats = trainer.step(*make_batch())
     error = max(-0.2, min(0.2, stats["objective/kl"].item() / target - 1))
     assert abs(error) == 0.2 and stats["objective/kl_coef"] == 0.3  # the one that was used
@@ -977,7 +988,8 @@ def step_with_scores(trainer, make_batch, *scores):
     """Mean and standard deviation of the scores that are trained on, and the mean as given."""
     queries, responses, _ = make_batch(((3, 2),) * len(scores))
     stats = trainer.step(queries, responses, scores_of(*scores))
-    return [stats[name].item() for name in ("ppo/mean_scores", "ppo/std_scores", "objective/scores")]
+    names = ("ppo/mean_scores", "ppo/std_scores", "objective/scores")
+    return [stats[name].item() for name in names]
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -994,7 +1006,8 @@ def test_scores_are_scaled_by_all_scores_so_far(norm, make_trainer, make_batch):
 @pytest.mark.parametrize("settings, scores, mean", [
     ({}, (1, 2, 3, 6), 3),
     ({"score_clip": 2.0}, (-9, 1, 2, 9), 0.75),  # -2, 1, 2, 2
-    ({"score_clip": 0.5, "use_score_scaling": True}, (-90, 90, 90, 90), 0.25),  # scaled, then clipped
+    # scaled first: +-0.5 of each
+    ({"score_clip": 0.5, "use_score_scaling": True}, (-90, 90, 90, 90), 0.25),
     ({"use_score_scaling": True, "batch_size": 1}, (2,), 2)])  # P11: it became 0
 def test_scores_are_clipped_and_scaled_only_when_asked(
         settings, scores, mean, make_trainer, make_batch):
@@ -1111,6 +1124,19 @@ def test_a_gradient_is_the_mean_over_tokens_not_over_rows(make_trainer, make_mod
     assert before - model.v_head.summary.bias.item() == pytest.approx(error, rel=1e-4)
 
 
+def test_each_gradient_is_a_mean_over_the_tokens_of_its_own_optimizer_step(
+        make_trainer, make_model, make_batch):
+    """Two steps of two rows each: their gradients' mean is that of the whole batch, not half."""
+    model, grads = make_model(), []
+    trainer = make_trainer(model, optimizer=sgd(model, lr=0.0), vf_coef=1.0, mini_batch_size=1,
+                           gradient_accumulation_steps=2)
+    trainer.optimizer.optimizer.register_step_pre_hook(
+        lambda *args: grads.append(model.v_head.summary.bias.grad.item()))
+    stats = trainer.step(*make_batch(((3, 4),) * 4))
+    error = (stats["ppo/val/vpred"] - stats["ppo/returns/mean"]).item()
+    assert len(grads) == 2 and sum(grads) / 2 == pytest.approx(error, rel=1e-4)
+
+
 def test_max_grad_norm_holds_at_every_optimizer_step(make_trainer, make_batch):
     """P1: it held at the first alone."""
     norms = {}
@@ -1134,7 +1160,8 @@ def test_the_accumulated_gradient_is_clipped_not_each_micro_batch(
                                gradient_accumulation_steps=4, max_grad_norm=limit)
         norms = gradient_norms(trainer)
         trainer.step(*make_batch())
-        return norms, torch.cat([(p - before[name]).flatten() for name, p in model.named_parameters()])
+        moves = [(p - before[name]).flatten() for name, p in model.named_parameters()]
+        return norms, torch.cat(moves)
 
     (norm,), whole = move(None)
     (clipped,), third = move(norm / 3)
@@ -1356,7 +1383,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_any_weight_moves(
         sick, make_trainer, make_batch, weights):
     trainer = make_trainer()
     with torch.no_grad():
-        next(p for name, p in trainer.model.named_parameters() if name.endswith(sick)).fill_(math.nan)
+        for name, p in trainer.model.named_parameters():
+            if name.endswith(sick):
+                p.fill_(math.nan)
     before = weights(trainer.model)
     with pytest.raises(InputError, match="nan"):
         trainer.step(*make_batch())
@@ -1580,8 +1609,8 @@ def test_a_saved_policy_opens_as_a_plain_model_with_a_card(make_trainer, make_ba
         want, _, values = trainer.model(tokens)
         plain = AutoModelForCausalLM.from_pretrained(folder).eval()
         torch.testing.assert_close(plain(tokens).logits, want)
-        again = AutoModelForCausalLMWithValueHead.from_pretrained(folder, require_v_head=True).eval()
-        torch.testing.assert_close(again(tokens)[2], values)
+        again = AutoModelForCausalLMWithValueHead.from_pretrained(folder, require_v_head=True)
+        torch.testing.assert_close(again.eval()(tokens)[2], values)
     assert AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids == [5, 7]
     card = (folder / "README.md").read_text()
     assert all(word in card for word in ("kindness", "try-7", "my/model", "1 updates of 4"))
@@ -1774,8 +1803,9 @@ def test_tuples_and_scores_of_any_type_or_one_number_are_taken(make_trainer, mak
     (((3, 2), (3, 2)), ([0, 1, 1], [1, 0, 0]), r"response_masks\[1\]")])
 def test_an_encoder_decoder_s_response_is_more_than_its_start(
         rows, masks, named, make_trainer, make_batch):
+    masks = masks and [torch.tensor(mask) for mask in masks]
     with pytest.raises(ValueError, match=named):
-        make_trainer("t5").step(*make_batch(rows, start=PAD), masks and list(map(torch.tensor, masks)))
+        make_trainer("t5").step(*make_batch(rows, start=PAD), masks)
 
 
 @pytest.mark.parametrize("part, value", [

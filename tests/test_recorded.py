@@ -1,7 +1,7 @@
-"""The numbers of TRL 0.7.10 itself (recorded_ppo.json), from the smallest function to whole updates.
+"""The numbers of TRL 0.7.10 itself (recorded_ppo.json), from a single function to whole updates.
 
-Cases are those in which 0.7.10 is right, or was corrected: `corrected` names the defect. What it gets
-wrong is in test_ppo.py.
+Cases are those in which 0.7.10 is right, or was corrected: `corrected` names the defect. What it
+gets wrong is in test_ppo.py.
 
     python -m pytest -q tests/test_recorded.py
 """
@@ -19,7 +19,10 @@ import ppo
 from conftest import BOS, EOS, PAD, VOCAB
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_ppo.json").read_text())
-cases = lambda part, key="name": pytest.mark.parametrize("case", RECORDED[part], ids=lambda case: str(case[key]))
+
+
+def cases(part, key="name"):
+    return pytest.mark.parametrize("case", RECORDED[part], ids=lambda case: str(case[key]))
 
 
 def tensors(values):
@@ -28,10 +31,11 @@ def tensors(values):
 
 
 def agree(got, want, rtol=1e-5, atol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(got).double(), torch.as_tensor(want).double(), rtol=rtol, atol=atol)
+    got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
-# ------------------------------------------------------------------------------------------------ functions and methods
+# --------------------------------------------------------------------------- functions and methods
 def test_the_defaults_are_trl_s():
     config = ppo.PPOConfig()
     assert {name: getattr(config, name) for name in RECORDED["defaults"]} == RECORDED["defaults"]
@@ -66,9 +70,9 @@ def test_kl_controllers(case):
 
 def test_running_moments():
     running = ppo.RunningMoments(SimpleNamespace(num_processes=1))
-    for batch, (mean, std, running_mean, running_std, running_var) in zip(*RECORDED["running_moments"].values()):
+    for batch, (mean, std, *so_far) in zip(*RECORDED["running_moments"].values()):
         agree(running.update(torch.tensor(batch)), [mean, std])
-        agree([running.mean, running.std, running.var], [running_mean, running_std, running_var])
+        agree([running.mean, running.std, running.var], so_far)
 
 
 @cases("methods")
@@ -88,35 +92,42 @@ def test_loss_and_statistics(case, make_trainer):
         agree(stats[name][args["mask"] > 0] if isinstance(want, list) else stats[name], want)
 
 
-# ------------------------------------------------------------------------------------------------ whole updates
+# --------------------------------------------------------------------------- whole updates
 def fill(model, seed, scale=0.15, only="", add=False):
-    """Weights drawn by a generator whose stream is frozen, name after name; those of norms around 1."""
+    """Draw all weights, name after name, from a generator whose stream is frozen."""
     draw = np.random.RandomState(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             if only in name:
                 norm = "weight" in name and ("ln_" in name or "layer_norm" in name)
-                drawn = torch.tensor(scale * draw.standard_normal(tuple(p.shape)), dtype=torch.float32)
+                drawn = scale * draw.standard_normal(tuple(p.shape))
+                drawn = torch.tensor(drawn, dtype=torch.float32)
                 p.copy_(p + drawn if add else drawn + norm)
     return model
 
 
 def build(kind, seed, lora=False, near=None):
-    """The models of the recorded updates. near: the reference, a policy of that seed and a little noise of `seed`."""
+    """Make a model of the recorded updates.
+
+    near: the model is the policy of that seed plus a little noise of `seed`."""
     if near is not None:
         return fill(build(kind, near), seed, scale=0.02, add=True)
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS}
     if kind == "t5":
-        model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
-                                                    decoder_start_token_id=PAD, **tokens))
-        return fill(common.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model), seed, scale=0.2)
+        config = T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                          decoder_start_token_id=PAD, **tokens)
+        model = T5ForConditionalGeneration(config)
+        model = common.AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model)
+        return fill(model, seed, scale=0.2)
+    auto = common.AutoModelForCausalLMWithValueHead
     config = GPT2Config(n_positions=48, n_embd=32, n_layer=2, n_head=2, bos_token_id=BOS, **tokens)
-    model = fill(common.AutoModelForCausalLMWithValueHead.from_pretrained(GPT2LMHeadModel(config)), seed)
+    model = fill(auto.from_pretrained(GPT2LMHeadModel(config)), seed)
     if lora:
         from peft import LoraConfig
         head = model.v_head.state_dict()
-        adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-        model = common.AutoModelForCausalLMWithValueHead.from_pretrained(model.pretrained_model, peft_config=adapter)
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], fan_in_fan_out=True,
+                             task_type="CAUSAL_LM")
+        model = auto.from_pretrained(model.pretrained_model, peft_config=adapter)
         model.v_head.load_state_dict(head)
         fill(model, seed, only="lora_A")
     return model
@@ -127,7 +138,8 @@ def changes(before, model):
     summary = {}
     for name, p in model.named_parameters():
         change = (p.detach().double() - before[name].double()).flatten()
-        if name.endswith("c_attn.bias"):  # a bias of the keys has no gradient but rounding, of which Adam makes a step
+        # the keys' bias has no gradient but rounding, which Adam turns into a whole step
+        if name.endswith("c_attn.bias"):
             change[len(change) // 3:2 * len(change) // 3] = 0
         probe = torch.cos(torch.arange(len(change), dtype=torch.float64) * 0.7 + 0.3)
         name = name.removeprefix("pretrained_model.").removeprefix("base_model.model.")
@@ -143,7 +155,8 @@ def test_whole_updates(case, make_trainer, weights, monkeypatch):
     for name, module in (("optimizer", torch.optim), ("lr_scheduler", torch.optim.lr_scheduler)):
         if name in case:
             how = dict(case[name])
-            on = parts["optimizer"] if name == "lr_scheduler" else [p for p in model.parameters() if p.requires_grad]
+            trained = [p for p in model.parameters() if p.requires_grad]
+            on = parts["optimizer"] if name == "lr_scheduler" else trained
             parts[name] = getattr(module, how.pop("name"))(on, **how)
     trainer, before = make_trainer(model, **parts, **case["config"]), weights(model)
     orders = iter(case["permutations"])
@@ -152,7 +165,8 @@ def test_whole_updates(case, make_trainer, weights, monkeypatch):
         rows = {name: [torch.tensor(row) for row in column] for name, column in data.items()}
         stats = trainer.step(**rows)
         for name, value in want.items():
-            loose = "objective/kl" in name or "advantages" in name  # small differences of large numbers
+            # small differences of large numbers
+            loose = "objective/kl" in name or "advantages" in name
             agree(stats[name], value, rtol=1e-4, atol=2e-5 if loose else 5e-6)
     changed = changes(before, model)
     for name, (norm, product) in case["weights"].items():
