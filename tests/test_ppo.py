@@ -1309,26 +1309,49 @@ def far(make_trainer, make_model, **settings):
                         gradient_accumulation_steps=2, **settings)
 
 
+def two_rows(make_batch, swapped):
+    """One seed shuffles them alike: swapped, the row that moves farther has the other place."""
+    return [column[::-1] if swapped else column for column in make_batch(((3, 4), (4, 4)))]
+
+
 @pytest.mark.filterwarnings("ignore:.*ratio_threshold")
-@pytest.mark.parametrize("seed", range(4))  # of the order of the two rows
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("how", ["ratio_threshold", "early_stopping"])
-def test_a_dropped_step_leaves_no_trace(how, seed, make_trainer, make_model, make_batch):
+def test_a_dropped_step_leaves_no_trace(how, swapped, make_trainer, make_model, make_batch):
     """Of two micro-batches one goes too far: the step of both is dropped, gradient included."""
-    batch, later = make_batch(((3, 4), (4, 4))), make_batch(((5, 3), (2, 4)), seed=5)
-    first, second = far(make_trainer, make_model, ppo_epochs=2).step(
-        *batch)["ppo/policy/ratio"][8:].view(2, 4).mean(1).tolist()
-    low, high = sorted((first, second))
+    batch, later = two_rows(make_batch, swapped), make_batch(((5, 3), (2, 4)), seed=5)
+    stats = far(make_trainer, make_model, ppo_epochs=2).step(*batch)
+    low, high = stats["ppo/policy/ratio"][8:].view(2, 4).mean(1).sort().values.tolist()
     assert high > 1.2 * low and high > 1.2
-    # between the two means, or a KL that the epoch's first micro-batch or both together exceed
+    # between the two means, or a KL that either exceeds
     limit = {"ratio_threshold": max(1.1, (low + high) / 2)}
     limit = limit if how == "ratio_threshold" else {"early_stopping": True, "target_kl": 1e-4}
-    one = far(make_trainer, make_model, ppo_epochs=2, seed=seed, **limit)
+    one = far(make_trainer, make_model, ppo_epochs=2, **limit)
     two = far(make_trainer, make_model, ppo_epochs=1)
     one.step(*batch), two.step(*batch)
     assert_same_weights(one.model, two.model)
     one.config.ppo_epochs, one.config.ratio_threshold = 1, 10.0
     one.step(*later), two.step(*later)
     assert_same_weights(one.model, two.model)
+
+
+def test_early_stopping_compares_the_mean_over_the_epoch_so_far(
+        make_trainer, make_model, make_batch):
+    """A minibatch that goes too far by itself is let off after one that didn't go far."""
+    steps, stops = [], []
+    for swapped in (False, True):
+        batch = two_rows(make_batch, swapped)
+        ratio = far(make_trainer, make_model, ppo_epochs=2).step(*batch)["ppo/policy/ratio"]
+        kl = (ratio - 1 - ratio.log())[8:].view(2, 4).mean(1)
+        limit = (kl.mean() + kl.max()) / 2
+        assert kl.max() > 1.5 * kl.min()
+        stops.append(bool(kl[0] > limit))
+        trainer = far(make_trainer, make_model, ppo_epochs=2, early_stopping=True,
+                      target_kl=limit.item() / 1.5)
+        norms = gradient_norms(trainer)
+        trainer.step(*batch)
+        steps.append(len(norms))
+    assert sorted(stops) == [False, True] and steps == [1 if stop else 2 for stop in stops]
 
 
 def test_early_stopping_sees_a_dropped_minibatch_too(make_trainer, make_model, make_batch):
