@@ -1693,7 +1693,7 @@ def test_the_policy_is_pushed_when_its_raw_score_is_the_best(
                            compare_steps=compare_steps, score_clip=0.1, use_score_scaling=True,
                            use_score_norm=True)
     when = []
-    for update, score in enumerate((3.0, 7.0, 7.0, 8.0, 5.0), start=1):
+    for update, score in enumerate((-3.0, 7.0, 7.0, 8.0, 5.0), start=1):
         before = len(hub.commits)
         step_with_scores(trainer, make_batch, score, score + 1)
         when += [update] * (len(hub.commits) > before)
