@@ -1817,8 +1817,11 @@ def test_tuples_and_scores_of_any_type_or_one_number_are_taken(make_trainer, mak
     queries, responses, _ = make_batch(((3, 2),) * 4)
     scores = [torch.tensor(1), torch.tensor([2.0]), torch.tensor(3.0, dtype=torch.float64),
               torch.tensor(4.0, dtype=torch.bfloat16)]
-    stats = make_trainer().step(tuple(queries), responses, scores)
-    assert stats["ppo/mean_scores"] == 2.5
+    trainer = make_trainer(use_score_scaling=True)
+    stats = trainer.step(tuple(queries), responses, scores)
+    assert stats["objective/scores"] == 2.5
+    stats = trainer.step(queries, responses, [torch.tensor(n) for n in (1, 2, 3, 4)])
+    assert stats["objective/scores"] == 2.5
 
 
 @pytest.mark.parametrize("rows, masks, named", [
