@@ -1,14 +1,25 @@
-"""Runs a script on ranks that share its weights among them (FSDP 2), on CPUs: torchrun tests/sharded.py SCRIPT [FLAG ...]
+"""What each rank does for test_sharded.py: torchrun --nproc_per_node 2 tests/sharded.py RUNS.json
 
-accelerate shards on GPUs only, so it is told that these ranks are some."""
+RUNS.json: a list of {"script", "flags", "sharded", "env"}. All scripts run in the same two
+processes, whole and sharded (FSDP 2), because starting processes takes longer than the runs. A run
+that fails leaves its traceback in RUNS.json.<number>.<rank>.
+
+accelerate shards on GPUs only, so a sharded run tells it that these ranks are some."""
+import faulthandler
+import json
+import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
-from accelerate import Accelerator, PartialState
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
-begin = Accelerator.__init__
+HANGS_AFTER = 280  # seconds: a rank that waits for one that will not come ends, and says where
+begin, leave = Accelerator.__init__, torch.distributed.destroy_process_group
 
 
 def begin_on_shards(self, *args, **kwargs):
@@ -16,7 +27,19 @@ def begin_on_shards(self, *args, **kwargs):
     begin(self, *args, **kwargs)
 
 
-Accelerator.__init__ = begin_on_shards
-sys.argv = sys.argv[1:]
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
+faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.distributed.destroy_process_group = lambda *args: None  # the scripts share it
+file, environment = sys.argv[1], dict(os.environ)
+for number, run in enumerate(json.loads(Path(file).read_text())):
+    os.environ.clear()
+    os.environ.update({**environment, **run["env"]})
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    Accelerator.__init__ = begin_on_shards if run["sharded"] else begin
+    sys.argv = [run["script"], *run["flags"]]
+    try:
+        runpy.run_path(run["script"], run_name="__main__")
+    except (Exception, SystemExit):
+        Path(f"{file}.{number}.{os.environ['RANK']}").write_text(traceback.format_exc())
+leave()

@@ -1,7 +1,9 @@
-"""Each script on a GPU, in bfloat16, for a few steps. Where there is no GPU these tests are reported as skipped."""
+"""Each script on a GPU, in bfloat16, for a few steps. Without a GPU these tests are reported as
+skipped."""
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")}
-HAS_GPU = subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0 if os.path.exists("/usr/bin/nvidia-smi") else False
+ENV = {name: value for name, value in os.environ.items()
+       if name not in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")}
+SMI = shutil.which("nvidia-smi")
+HAS_GPU = bool(SMI) and "GPU 0" in subprocess.run([SMI, "-L"], capture_output=True, text=True).stdout
 BF16 = ["--accelerator-kwargs", '{"mixed_precision": "bf16"}']
 RUNS = {
     "sft.py": ["--bf16", "--max-steps", 40, "--logging-steps", 10],
@@ -18,7 +22,8 @@ RUNS = {
     "dpo.py": ["--bf16", "--max-steps", 20],
     "iterative_sft.py": ["--bf16", "--num-train-epochs", 2],
     "ppo.py": [*BF16, "--batch-size", 32, "--mini-batch-size", 8, "--steps", 64],
-    "ddpo.py": ["--mixed-precision", "bf16", "--num-epochs", 1, "--sample-num-steps", 5, "--num-samples", 2],
+    "ddpo.py": ["--mixed-precision", "bf16", "--num-epochs", 1, "--sample-num-steps", 5,
+                "--num-samples", 2],
 }
 
 
@@ -29,4 +34,5 @@ def test_a_script_learns_on_a_gpu_in_bfloat16(script, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows and all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert numbers and all(map(math.isfinite, numbers))
