@@ -102,7 +102,7 @@ def own_loop(rank):
     forget()
     torch.manual_seed(100 + rank)  # whatever was drawn before, seeds come from the config
     config = PPOConfig(batch_size=2, mini_batch_size=1, seed=3)
-    rows = [{"query": f"row {i}", "input_ids": [i + 2]} for i in range(9)]
+    rows = [{"query": f"row {i}", "input_ids": [i + 2]} for i in range(11)]
     model = toy_policy(torch.Generator().manual_seed(rank))  # rank 0's weights are for all
     trainer = PPOTrainer(config, model, None, AutoTokenizer.from_pretrained(TOY), rows)
     seen = {"first draw": torch.rand(3), "global batch": config.global_batch_size,

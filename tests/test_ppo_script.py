@@ -17,6 +17,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 from common import AutoModelForCausalLMWithValueHead, InputError
 from ppo import PPOConfig, main
+from ranks import forget
 from test_ranks import lines, metrics, once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resumed(runs, tmp_path_factory):
     """The killed run, continued to the end."""
+    forget()  # this runs before the state that another test left in accelerate is cleared
     folder = tmp_path_factory.mktemp("resumed")
     shutil.copytree(runs / "cut", folder / "cut")
     main(PPOConfig(**RUN, reward_model=f"{runs}/mine.py:f", output_dir=str(folder / "cut"),
@@ -183,6 +185,12 @@ def test_samples_before_and_after_answer_the_same_eight_prompts(runs):
     assert [row["query"] for row in before] == [row["query"] for row in after] == prompts
     for row in rows:  # the reward function counts this word in query and response
         assert row["score"] == (row["query"] + row["response"]).count("very")
+
+
+def test_equal_prompts_get_different_responses_since_they_are_sampled(runs):
+    first = samples(runs / "whole")[:8]
+    equal = [row["response"] for row in first if row["query"] == first[0]["query"]]
+    assert len(equal) == len(set(equal)) == 3
 
 
 def test_the_bar_shows_score_and_kl_and_libraries_are_silent(runs):

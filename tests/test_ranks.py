@@ -146,7 +146,7 @@ def test_ranks_hold_different_rows_in_another_order_in_every_epoch(both):
     for batches in epochs:
         rows = [sum(rank, []) for rank in batches]
         assert [len(batch) for rank in batches for batch in rank] == [2] * 4
-        assert len({*rows[0], *rows[1]}) == 8  # of 9 rows: the rest fills no batch
+        assert len({*rows[0], *rows[1]}) == 8  # of 11: the rest fills no batch, none is repeated
         orders.append(rows)
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
