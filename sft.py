@@ -174,6 +174,8 @@ def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True,
     if texts_of is None and "input_ids" in batch:
         masks = batch.get("attention_mask") or [[1] * len(ids) for ids in batch["input_ids"]]
         kept = lambda name: [[x for x, m in zip(row, mask) if m] for row, mask in zip(batch[name], masks)]
+        if seq2seq and "labels" in batch:  # the decoder's: as long as they are, whatever the encoder reads
+            return kept("input_ids"), [list(row) for row in batch["labels"]]
         return kept("input_ids"), kept("labels") if "labels" in batch else None
     if texts_of is None and field is None and "prompt" in batch and "completion" in batch:
         rows = []
