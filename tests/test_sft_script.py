@@ -1,41 +1,42 @@
-"""sft.py as a user runs it: the command line, what a run leaves behind, kill and resume, two ranks, real input, bad input."""
-import ast
+"""sft.py as a user runs it: what a run leaves behind, kill and resume, two ranks, real input, and
+bad input. Run as a script, this file is the job of the two ranks."""
+import functools
+import io
 import json
 import math
-import re
+import os
 import runpy
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from datasets import Dataset
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationMixin, pipeline
+from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer,
+                          GenerationMixin, MixtralConfig, MixtralForCausalLM, Trainer,
+                          TrainingArguments, pipeline)
 
-import sft
-from common import TOY, InputError
-from conftest import CAUSAL, HOME, SEQ2SEQ, hf_model
-from sft import IGNORE, SFTConfig, main
+from common import TOY, InputError, setup_ranks
+from conftest import HOME, SEQ2SEQ, hf_model
+from sft import SFTConfig, SFTTrainer, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
+IGNORE = -100  # the label of a token that is not in the loss
 ROOT = Path(__file__).resolve().parent.parent
-REVIEWS = [json.loads(line)["text"] for line in (TOY / "reviews.jsonl").read_text().splitlines()[:200]]
-PAIRS = [{"prompt": " ".join(text.split()[:3]), "completion": " " + " ".join(text.split()[3:])} for text in REVIEWS]
-TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{{ eos_token if m['role'] == 'assistant' else ' ' }}"
-            "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
-
-
-def script(*flags, ranks=0, **kwargs):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    return subprocess.run([sys.executable, *launcher, "sft.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, **kwargs)
+LINES = (TOY / "reviews.jsonl").read_text().splitlines()[:200]
+REVIEWS = [json.loads(line)["text"] for line in LINES]
+PAIRS = [{"prompt": " ".join(text.split()[:3]), "completion": " " + " ".join(text.split()[3:])}
+         for text in REVIEWS]
+TEMPLATE = ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+            "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 
 
 def lines(path):
@@ -43,8 +44,9 @@ def lines(path):
 
 
 def metrics(folder):
-    """metrics.jsonl without the clock."""
-    return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+    """The lines of metrics.jsonl without their times."""
+    return [{name: value for name, value in row.items()
+             if "runtime" not in name and "per_second" not in name}
             for row in lines(Path(folder) / "metrics.jsonl")]
 
 
@@ -53,12 +55,13 @@ def write_rows(path, rows):
     return str(path)
 
 
-FEW = write_rows(Path(HOME.name) / "few.jsonl", [{"text": text} for text in REVIEWS[:40]])  # quicker than the toy's 6000
+FEW = write_rows(Path(HOME.name) / "few.jsonl", [{"text": text} for text in REVIEWS[:40]])
 
 
 def small(folder, **fields):
-    return SFTConfig(**{"output_dir": str(folder), "dataset": FEW, "per_device_train_batch_size": 4, "max_steps": 2,
-                        "save_strategy": "no", "logging_steps": 1, **fields})
+    return SFTConfig(**{"output_dir": str(folder), "dataset": FEW, "max_steps": 2,
+                        "per_device_train_batch_size": 4, "save_strategy": "no",
+                        "logging_steps": 1, **fields})
 
 
 def tiny(folder, arch, template=None, **changes):
@@ -66,41 +69,53 @@ def tiny(folder, arch, template=None, **changes):
     tokenizer = AutoTokenizer.from_pretrained(TOY / "blank")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    ends = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.02, **changes}
-    hf_model(arch, **ends).save_pretrained(folder)
+    ends = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    hf_model(arch, **{**ends, "initializer_range": 0.02, **changes}).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch):
-    """The samples before and after are short: forty tokens of ten take longer than the training in most tests."""
+    """Samples of 4 tokens: forty tokens of ten rows take longer than most of the training here."""
     plain = GenerationMixin.generate
     monkeypatch.setattr(GenerationMixin, "generate", lambda self, *args, **kwargs: plain(
-        self, *args, **{**kwargs, "max_new_tokens": min(kwargs["max_new_tokens"], 100 if len(kwargs["input_ids"]) > 1 else 4)}))
+        self, *args, **{**kwargs, "max_new_tokens": min(kwargs["max_new_tokens"], 4)}))
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """The trainers that main() built, the last of them last."""
-    made = []
+    """The trainers that main() has trained."""
+    made, plain = [], Trainer.train
 
-    class Kept(sft.SFTTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
+    def train(self, *args, **kwargs):
+        made.append(self)
+        return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(sft, "SFTTrainer", Kept)
+    monkeypatch.setattr(Trainer, "train", train)
     return made
 
 
-# ------------------------------------------------------------------------------------------------ the default run
+def trained_on(trainer, row):
+    """The text of a training row's tokens that are in the loss."""
+    labels = trainer.data_collator([row])["labels"][0].tolist()
+    return trainer.processing_class.decode([label for label in labels if label != IGNORE])
+
+
+def decoded(trainer, row):
+    return trainer.processing_class.decode(row["input_ids"])
+
+
+# --------------------------------------------------------------------------------- default run
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    done = script("--max-steps", 60, "--output-dir", out)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    """The default run, cut to 60 updates -> its folder, and what was printed."""
+    for state in (AcceleratorState, GradientState, PartialState):  # what other tests left
+        state._reset_state(*[True] * (state is AcceleratorState))
+    out, screen, bar = tmp_path_factory.mktemp("run"), io.StringIO(), io.StringIO()
+    with redirect_stdout(screen), redirect_stderr(bar):
+        main(SFTConfig(output_dir=str(out), max_steps=60))
+    return out, screen.getvalue(), bar.getvalue()
 
 
 def test_the_default_run_learns_to_write_reviews(finished_run):
@@ -108,435 +123,536 @@ def test_the_default_run_learns_to_write_reviews(finished_run):
     assert [row["update"] for row in rows] == [20, 40, 60, 60, 60]
     first, *_, last = [row["loss"] for row in rows if "loss" in row]
     (held_out,) = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    assert first > 2 and last < 1.1 and held_out < 1.1  # nats per token; knowing nothing costs log 400 = 5.99
+    # nats per token; uniform guessing costs log 400 = 5.99, the reviews' entropy is 0.92
+    assert first > 2 and 0.9 < last < 1.1 and 0.9 < held_out < 1.1
 
 
 def test_a_run_leaves_a_model_that_the_plain_classes_load(finished_run):
-    out, _ = finished_run
+    out = finished_run[0]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     before = AutoModelForCausalLM.from_pretrained(TOY / "blank")
-    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters())) and model.dtype == torch.float32
-    text = pipeline("text-generation", model=str(out), tokenizer=tokenizer)("the plot was", max_new_tokens=4)
-    assert text[0]["generated_text"].startswith("the plot was ")
+    pairs = zip(model.parameters(), before.parameters())
+    assert any((a != b).any() for a, b in pairs) and model.dtype == torch.float32
+    write = pipeline("text-generation", model=str(out), tokenizer=tokenizer)
+    text = write("the plot was", max_new_tokens=4)[0]["generated_text"]
+    assert text.startswith("the plot was ")
 
 
-def test_the_model_has_learnt_to_stop(finished_run):
-    """S1, S2: most of what it writes ends by itself before twice the length of a review."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(finished_run[0]), AutoTokenizer.from_pretrained(finished_run[0])
+def test_the_model_ends_its_texts(finished_run, monkeypatch):
+    """Most of them before twice the length of a review."""
+    monkeypatch.undo()
+    model = AutoModelForCausalLM.from_pretrained(finished_run[0])
+    tokenizer = AutoTokenizer.from_pretrained(finished_run[0])
     torch.manual_seed(0)
     ids = tokenizer(["the plot was"] * 20, return_tensors="pt")
-    ids = model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=100, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(**ids, do_sample=True, top_k=0, max_new_tokens=100,
+                         pad_token_id=tokenizer.pad_token_id)
     assert (ids == tokenizer.eos_token_id).any(1).float().mean() > 0.7
 
 
-def test_samples_are_kept_before_and_after(finished_run):
-    rows = lines(finished_run[0] / "samples.jsonl")
+def test_samples_are_kept_from_before_and_after(finished_run):
+    out, screen, _ = finished_run
+    rows = lines(out / "samples.jsonl")
     before, after = rows[:5], rows[5:]
     assert [row["update"] for row in rows] == [0] * 5 + [60] * 5
     assert [row["prompt"] for row in before] == [row["prompt"] for row in after]
-    assert all(row["completion"] in finished_run[1].stdout for row in after)
+    assert all(row["prompt"] and row["completion"] in screen for row in after)
+    held_out = [json.loads(line)["text"] for line in
+                (TOY / "reviews_test.jsonl").read_text().splitlines()[:5]]
+    assert all(text.startswith(row["prompt"]) for text, row in zip(held_out, before))
+    # what follows is new text, without the prompt and without special tokens
+    assert not any(row["completion"].startswith(row["prompt"]) for row in rows)
+    assert not any("</s>" in row["completion"] or "<pad>" in row["completion"] for row in rows)
 
 
-def test_the_run_tells_loss_and_time_left_and_no_library_chatter(finished_run):
-    _, done = finished_run
-    bar = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert re.search(r"60/60 \[\d\d:\d\d<\d\d:\d\d.*loss=0?1?\.\d+", bar), bar
-    noise = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "update" not in line]
-    assert noise == []
-    assert re.search(r"^epoch 0\.32: eval_loss 0?1?\.\d+$", done.stdout, re.M)
+def test_the_screen_shows_the_loss_and_the_time_that_is_left(finished_run):
+    _, screen, bar = finished_run
+    updates = [line for line in bar.replace("\r", "\n").splitlines() if "update" in line]
+    assert "60/60" in updates[-1] and "loss=" in updates[-1] and "eval_loss" in screen
 
 
-def test_the_model_card_names_the_experiment(finished_run):
+def test_the_model_card_names_the_data_and_the_result(finished_run):
     card = (finished_run[0] / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n---\n") and "`toy/reviews.jsonl`" in card
-    assert re.search(r"\| eval_loss \| 0?1?\.\d+ \|", card)
+    (loss,) = [row["eval_loss"] for row in metrics(finished_run[0]) if "eval_loss" in row]
+    assert f"| eval_loss | {loss:.4g} |" in card
 
 
-def entry_point(monkeypatch, *flags):
-    """The script as the command line runs it, in this process -> its exit status or sentence."""
-    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
-    return end.value.code
+# --------------------------------------------------------------------------------- kill and resume
+KILLED_RUN = """
+import os, runpy, signal, sys, torch
+
+step, calls = torch.optim.AdamW.step, []
+
+def step_or_die(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+
+torch.optim.AdamW.step = step_or_die
+sys.argv = ["sft.py", *sys.argv[1:]]
+sys.path.insert(0, os.getcwd())
+runpy.run_path("sft.py", run_name="__main__")
+"""
 
 
-def test_help_needs_no_network(monkeypatch, capsys):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setenv("COLUMNS", "200")
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    assert not entry_point(monkeypatch, "--help")
-    told = capsys.readouterr().out
-    for flag in ("--model-name", "--max-seq-length", "--packing", "--resume-from-checkpoint", "--lora-r", "--fsdp"):
-        assert f"{flag} " in told or f"{flag}," in told, flag
-    assert "only what follows its last occurrence is learnt" in " ".join(told.replace("│", " ").split())
-
-
-def own_fields():
-    tree = ast.parse((ROOT / "sft.py").read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SFTConfig").body
-    fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
-    documented = [a.target.id for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
-    return fields, documented
-
-
-def test_every_option_has_a_sentence():
-    fields, documented = own_fields()
-    assert fields == documented and len(fields) >= 19
-
-
-def test_every_option_is_read():
-    from transformers import TrainingArguments
-    source = (ROOT / "sft.py").read_text() + (ROOT / "common.py").read_text()
-    for name in set(own_fields()[0]) - set(TrainingArguments.__dataclass_fields__):
-        assert re.search(rf"config\.{name}\b", source), f"nothing reads {name}"
-
-
-def commands(text):
-    """The commands `torchrun ... sft.py flags` of a text, without what stands beside them."""
-    found = re.findall(r"torchrun .*?sft\.py(.*?)(?:   .*)?$", text.replace("\\\n", " "), re.M)
-    return [shlex.split(flags) for flags in found]
-
-
-@pytest.mark.parametrize("page", ["sft.py", "docs/sft.md"])
-def test_every_command_of_the_pages_parses(page):
-    import tyro
-    text = sft.__doc__ if page == "sft.py" else "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S))
-    found = commands(text)
-    assert found
-    for flags in found:
-        config = tyro.cli(SFTConfig, args=flags + ["--use-cpu"])  # --bf16 without it asks for a GPU
-        assert config.per_device_train_batch_size > 0
-
-
-# ------------------------------------------------------------------------------------------------ kill and resume
-def test_a_killed_run_goes_on_to_exactly_the_same_numbers(tmp_path, monkeypatch):
-    fields = {"max_steps": 40, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 20,
-              "per_device_train_batch_size": 8, "dataset": FEW, "eval_dataset": FEW}
-    monkeypatch.undo()  # samples as long as the script's own
-    flags = [str(word) for name, value in {**fields, "logging_steps": 1}.items() for word in (f"--{name.replace('_', '-')}", value)]
+def test_a_killed_run_resumes_to_exactly_the_same_numbers(tmp_path, monkeypatch):
+    """Killed in update 13, after checkpoint-10: the lines of updates 11 and 12 are written again."""
+    monkeypatch.undo()  # samples as long as the script's own, since they draw from the same seed
+    fields = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps",
+              "eval_steps": 8, "per_device_train_batch_size": 8, "logging_steps": 1,
+              "dataset": FEW, "eval_dataset": FEW}
+    flags = [str(word) for name, value in fields.items()
+             for word in (f"--{name.replace('_', '-')}", value)]
     main(small(tmp_path / "whole", **fields))
-    assert len(metrics(tmp_path / "whole")) == 43
-    run = subprocess.Popen([sys.executable, "sft.py", *flags, "--output-dir", str(tmp_path / "cut")], cwd=ROOT,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "cut").glob("checkpoint-*/trainer_state.json")):
-        assert run.poll() is None, "the run ended before it was killed"
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert 5 <= len(metrics(tmp_path / "cut")) < 40
-    done = script(*flags, "--output-dir", tmp_path / "cut", "--resume-from-checkpoint", tmp_path / "cut")
-    assert done.returncode == 0, done.stderr
-    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row] for name in ("whole", "cut")]
-    assert cut == whole and [row["update"] for row in cut if "loss" in row] == list(range(1, 41))
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    (tmp_path / "killed.py").write_text(KILLED_RUN)
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py"), *flags, "--output-dir",
+                           str(tmp_path / "cut")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    screen = done.stderr.replace("\r", "\n").splitlines()
+    assert [line for line in screen if line.strip() and "update" not in line] == []  # the bar alone
+    cut = [row["update"] for row in metrics(tmp_path / "cut") if "loss" in row]
+    assert cut == list(range(1, 13))
+    main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
+    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row]
+                  for name in ("whole", "cut")]
+    assert cut == whole and [r["update"] for r in cut if "loss" in r] == list(range(1, 17))
+    a, b = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert a == b
+    updates = [row["update"] for row in lines(tmp_path / "cut" / "samples.jsonl")]
+    assert updates == [0] * 5 + [16] * 5
 
 
-@pytest.mark.parametrize("fields", [{"packing": True, "max_seq_length": 40}, {"lora_r": 4}, {"gradient_accumulation_steps": 2}],
-                         ids=["packed", "LoRA", "accumulated"])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(fields, tmp_path):
-    data = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in REVIEWS[:40]])
-    fields = {"dataset": data, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2, **fields}
+RESUMED = {"packed": {"packing": True, "max_seq_length": 40}, "LoRA": {"lora_r": 4},
+           "accumulated": {"gradient_accumulation_steps": 2}}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path):
+    fields = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3,
+              "learning_rate": 1e-2, **RESUMED[kind]}
     main(small(tmp_path / "whole", **fields))
     steps = metrics(tmp_path / "whole")[-1]["update"]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for folder in (tmp_path / "cut").glob("checkpoint-*"):  # as though it had been killed after the first of them
+    for folder in (tmp_path / "cut").glob("checkpoint-*"):  # as though killed after the first
         if folder.name != "checkpoint-3":
             shutil.rmtree(folder)
     main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
-    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row] for name in ("whole", "cut")]
+    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row]
+                  for name in ("whole", "cut")]
     assert steps > 4 and cut == whole
 
 
-# ------------------------------------------------------------------------------------------------ two ranks
-def test_two_ranks_give_what_one_process_gives(tmp_path):
-    """24 rows in steps of 8: of one process, and of two ranks that take them 2 at a time, accumulated twice. 5 rows are
-    held out: no even number of batches of 2, and rows of unequal length."""
+# --------------------------------------------------------------------------------- two ranks
+CASES = ("stream", "packed stream", "experts", "each rank's own mean")
+UNEQUAL = [{"text": text} for text in (REVIEWS[0], "the", "in short, the", REVIEWS[1], "a b c d",
+                                       REVIEWS[2], "the end", REVIEWS[3], REVIEWS[4], "x", "y z")]
+
+
+def trainer_of(case, folder, accumulation):
+    """Two steps of 4 rows: micro-batches of 2 on two ranks, or accumulated on one."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / ("experts" if case == "experts" else "llama"))
+    rows = Dataset.from_list(UNEQUAL)
+    args = TrainingArguments(
+        output_dir=str(folder / case), max_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1.0,
+        lr_scheduler_type="constant", max_grad_norm=2.0, logging_steps=1, save_strategy="no",
+        report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
+        average_tokens_across_devices=case != "each rank's own mean")
+    packed = case == "packed stream"
+    return SFTTrainer(
+        model, args, train_dataset=rows.to_iterable_dataset() if "stream" in case else rows,
+        tokenizer=AutoTokenizer.from_pretrained(TOY / "blank"), packing=packed,
+        max_seq_length=6 if packed else None)
+
+
+def logged(trainer):
+    """Loss and norm of the gradient of each step."""
+    trainer.train()
+    return [[row["loss"], row["grad_norm"]] for row in trainer.state.log_history if "loss" in row]
+
+
+def traced(batch, folder):
+    """A formatting function that keeps on record how many rows each rank asks it for."""
+    with open(f"{folder}/traced-{os.environ['RANK']}.txt", "a") as file:
+        file.write(f"{len(batch['text'])}\n")
+    return list(batch["text"])
+
+
+def job_of_two_ranks(folder):
+    setup_ranks()
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"  # both ranks' own, as a user's is
+    main(SFTConfig(**json.loads((folder / "two.json").read_text())))
+    results = {case: logged(trainer_of(case, folder, 1)) for case in CASES}
+    rows = load_dataset("json", data_files=str(folder / "texts.jsonl"), split="train")
+    for packing in (False, True):
+        (folder / str(packing)).mkdir(exist_ok=True)
+        SFTTrainer(AutoModelForCausalLM.from_pretrained(folder / "llama"),
+                   TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none"),
+                   train_dataset=rows, tokenizer=AutoTokenizer.from_pretrained(TOY / "blank"),
+                   formatting_func=functools.partial(traced, folder=folder / str(packing)),
+                   packing=packing, max_seq_length=8, num_of_sequences=1, chars_per_token=0.1)
+    if os.environ["RANK"] == "0":
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """24 rows in steps of 8 by main: on one process, and on two ranks that take 2 at a time and
+    accumulate twice; 5 rows of unequal length are held out, no even number of batches of 2."""
+    folder = tmp_path_factory.mktemp("ranks")
     rows = sorted(PAIRS, key=lambda row: len(row["completion"]))[::len(PAIRS) // 24][:24]
-    data, held_out = write_rows(tmp_path / "rows.jsonl", rows), write_rows(tmp_path / "held.jsonl", rows[3::5])
-    flags = {"model-name": tiny(tmp_path / "llama", "llama", attention_dropout=0.0), "dataset": data, "eval-dataset": held_out,
-             "num-train-epochs": 2, "max-grad-norm": 0.5, "learning-rate": 1e-3, "per-device-eval-batch-size": 2, "logging-steps": 1}
-    config = small(tmp_path / "one", max_steps=-1, per_device_train_batch_size=8, **{k.replace("-", "_"): v for k, v in flags.items()})
-    one_returned = main(config)
-    done = script(*[word for k, v in flags.items() for word in (f"--{k}", v)], "--per-device-train-batch-size", 2,
-                  "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "two", ranks=2)
+    write_rows(folder / "texts.jsonl", [{"text": text} for text in REVIEWS[:30]])
+    fields = {"model_name": tiny(folder / "llama", "llama", attention_dropout=0.0),
+              "dataset": write_rows(folder / "rows.jsonl", rows),
+              "eval_dataset": write_rows(folder / "held.jsonl", rows[3::5]), "logging_steps": 1,
+              "num_train_epochs": 2, "max_grad_norm": 0.5, "learning_rate": 0.1, "optim": "sgd",
+              "per_device_eval_batch_size": 2, "save_strategy": "no"}
+    two = {"output_dir": str(folder / "two"), "per_device_train_batch_size": 2,
+           "gradient_accumulation_steps": 2}
+    (folder / "two.json").write_text(json.dumps({**fields, **two}))
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, initializer_range=0.2,
+        output_router_logits=True, router_aux_loss_coef=0.5)).save_pretrained(folder / "experts")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         __file__, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("after training") == 1  # the main rank speaks
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    for name in ("loss", "grad_norm", "train_loss"):
+    one = {**fields, "output_dir": str(folder / "one"), "per_device_train_batch_size": 8}
+    return folder, done.stdout, one
+
+
+def test_two_ranks_give_what_one_process_gives(two_ranks):
+    folder, screen, one_process = two_ranks
+    returned = main(SFTConfig(**one_process))
+    assert screen.count("after training") == 1  # the main rank alone prints
+    one, two = metrics(folder / "one"), metrics(folder / "two")
+    for name in ("loss", "grad_norm", "train_loss", "eval_loss"):
         want, got = [[row[name] for row in rows if name in row] for rows in (one, two)]
-        assert got == pytest.approx(want, rel=1e-4), name
-    a, b = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
-    want, got = [[row["eval_loss"] for row in rows if "eval_loss" in row] for rows in (one, two)]
-    assert len(want) == 2 and got == pytest.approx(want, rel=1e-5), "the held-out loss is over each row once"
-    assert one_returned["eval_loss"] == want[-1]
+        assert want and got == pytest.approx(want, rel=1e-4), name
+    a, b = [load_file(folder / name / "model.safetensors") for name in ("one", "two")]
+    before = load_file(folder / "llama" / "model.safetensors")
+    for name in a:  # sums of float32 in another order: 1e-4 of how far a weight has moved
+        far = (a[name] - before[name]).abs().max().item()
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-3 * far + 1e-7,
+                                   msg=lambda m: f"{name}: {m}")
+    evals = [row["eval_loss"] for row in one if "eval_loss" in row]
+    assert len(evals) == 2 and returned["eval_loss"] == evals[-1]
 
 
-# ------------------------------------------------------------------------------------------------ models
-@pytest.mark.parametrize("arch", CAUSAL + SEQ2SEQ)
-def test_any_architecture_trains_from_a_folder_and_is_saved_as_it_is(arch, tmp_path):
+@pytest.mark.parametrize("case", CASES[:3])
+def test_two_ranks_give_what_accumulated_micro_batches_give(case, two_ranks):
+    folder = two_ranks[0]
+    got = torch.tensor(json.loads((folder / "results.json").read_text())[case])
+    want = torch.tensor(logged(trainer_of(case, folder, 2)))
+    assert want.shape == (2, 2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
+def test_each_rank_may_take_the_mean_over_its_own_tokens(two_ranks):
+    folder = two_ranks[0]
+    case = "each rank's own mean"
+    trainer = trainer_of(case, folder, 1)
+    rows = list(trainer.train_dataset)
+    means = [trainer.compute_loss(trainer.model, trainer.data_collator(rows[i:i + 2])).item()
+             for i in (0, 2)]
+    got = json.loads((folder / "results.json").read_text())[case]
+    assert got[0][0] == pytest.approx(sum(means) / 2, rel=1e-4)
+    assert means[0] != pytest.approx(means[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_the_main_rank_tokenizes_and_the_others_find_its_work(packing, two_ranks):
+    asked = [sum(lines(two_ranks[0] / str(packing) / f"traced-{rank}.txt")) for rank in (0, 1)]
+    assert asked[0] >= 30 and asked[1] < 10  # the others look at the first rows
+
+
+# --------------------------------------------------------------------------------- models
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", *SEQ2SEQ])
+def test_a_model_of_a_folder_trains_and_is_saved_as_it_is(arch, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", PAIRS[:16])
     name = tiny(tmp_path / "model", arch)
-    returned = main(small(tmp_path / "out", model_name=name, dataset=data, eval_dataset=data, max_steps=3))
+    out = tmp_path / "out"
+    returned = main(small(out, model_name=name, dataset=data, eval_dataset=data, max_steps=3))
     auto = AutoModelForSeq2SeqLM if arch in SEQ2SEQ else AutoModelForCausalLM
-    before, after = [auto.from_pretrained(folder) for folder in (name, tmp_path / "out")]
-    assert type(after) is type(before) and any((a != b).any() for a, b in zip(after.parameters(), before.parameters()))
+    before, after = [auto.from_pretrained(folder) for folder in (name, out)]
+    assert type(after) is type(before)
+    assert any((a != b).any() for a, b in zip(after.parameters(), before.parameters()))
     assert returned["eval_loss"] < math.log(400) + 1
-    samples = lines(tmp_path / "out" / "samples.jsonl")
-    assert [row["prompt"] for row in samples[:5]] == [row["prompt"] for row in PAIRS[:5]]
+    prompts = [row["prompt"] for row in lines(out / "samples.jsonl")]
+    assert prompts == [row["prompt"] for row in PAIRS[:5]] * 2
 
 
-def test_equal_seeds_draw_equal_adapters_whatever_was_drawn_before(tmp_path):
-    """G2: the seed is set before weights are made."""
-    for run in ("a", "b"):
-        torch.rand(len(run) + ord(run))  # another state of the generator
-        main(small(tmp_path / run, lora_r=4))
-    a, b = ((tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("a", "b"))
-    assert a == b
-
-
-def test_a_saved_adapter_goes_on_training(tmp_path, built):
+def test_a_saved_adapter_continues_to_train(tmp_path, built):
     main(small(tmp_path / "first", lora_r=2, lora_alpha=6, learning_rate=1e-2))
     config = json.loads((tmp_path / "first" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 6)
     first = load_file(tmp_path / "first" / "adapter_model.safetensors")
-    main(small(tmp_path / "same", model_name=str(tmp_path / "first"), learning_rate=0.0))
-    main(small(tmp_path / "on", model_name=str(tmp_path / "first"), learning_rate=1e-2))
-    same, on = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("same", "on")]
+    for name, rate in (("same", 0.0), ("next", 1e-2)):
+        main(small(tmp_path / name, model_name=str(tmp_path / "first"), learning_rate=rate))
+    same, later = [load_file(tmp_path / name / "adapter_model.safetensors")
+                   for name in ("same", "next")]
     assert all(torch.equal(same[name], first[name]) for name in first)
-    assert all(not torch.equal(on[name], first[name]) for name in first)
+    assert all(not torch.equal(later[name], first[name]) for name in first)
     trained = {name for name, p in built[-1].model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
 
 
-# ------------------------------------------------------------------------------------------------ data
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt", "folder"])
-def test_texts_come_from_every_kind_of_file(kind, tmp_path, built):
-    rows, path = Dataset.from_list([{"text": text} for text in REVIEWS[:8]]), tmp_path / f"rows.{kind}"
+# --------------------------------------------------------------------------------- data
+@pytest.mark.parametrize("kind", ["txt", "folder"])
+def test_texts_come_from_a_file_or_a_folder(kind, tmp_path, built):
+    path = tmp_path / f"rows.{kind}"
     if kind == "txt":
         path.write_text("\n".join(REVIEWS[:8]) + "\n")
     else:
-        {"jsonl": rows.to_json, "json": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet, "folder": rows.save_to_disk}[kind](str(path))
+        Dataset.from_list([{"text": text} for text in REVIEWS[:8]]).save_to_disk(str(path))
     returned = main(small(tmp_path / "out", dataset=str(path)))
-    tokenizer = built[0].tokenizer
-    assert [tokenizer.decode(row["input_ids"]) for row in built[0].train_dataset] == [text + tokenizer.eos_token for text in REVIEWS[:8]]
-    assert built[0].eval_dataset is None and "train_loss" in returned  # the toy's test set belongs to the toy's data
+    texts = [decoded(built[0], row) for row in built[0].train_dataset]
+    assert texts == [text + built[0].processing_class.eos_token for text in REVIEWS[:8]]
+    # the toy's test set belongs to the toy's data
+    assert built[0].eval_dataset is None
+    assert "train_loss" in returned and "eval_loss" not in returned
 
 
 def chats(n=8):
-    return [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in PAIRS[:n]]
+    return [{"messages": [{"role": "user", "content": row["prompt"]},
+                          {"role": "assistant", "content": row["completion"]}]}
+            for row in PAIRS[:n]]
 
 
 @pytest.mark.parametrize("only", [False, True])
-def test_assistant_only_loss_learns_what_the_assistant_says(only, tmp_path, built):
+def test_assistant_only_loss_trains_on_what_the_assistant_says(only, tmp_path, built):
     data = write_rows(tmp_path / "chats.jsonl", chats())
-    main(small(tmp_path / "out", model_name=tiny(tmp_path / "model", "qwen3", TEMPLATE), dataset=data, assistant_only_loss=only))
-    row, tokenizer = built[0].train_dataset[0], built[0].tokenizer
-    learnt = tokenizer.decode([label for label in row.get("labels", row["input_ids"]) if label != IGNORE])
-    prompt = "" if only else f"user: {PAIRS[0]['prompt']} assistant: "
-    assert learnt == prompt + PAIRS[0]["completion"] + tokenizer.eos_token
+    main(small(tmp_path / "out", model_name=tiny(tmp_path / "model", "qwen3", TEMPLATE),
+               dataset=data, assistant_only_loss=only))
+    text = trained_on(built[0], built[0].train_dataset[0])
+    answer = PAIRS[0]["completion"] + built[0].processing_class.eos_token
+    assert text == ("" if only else f"user: {PAIRS[0]['prompt']} assistant: ") + answer
 
 
-def test_assistant_only_loss_and_packing_go_together(tmp_path, built):
+def test_assistant_only_loss_and_packing_combine(tmp_path, built):
     data = write_rows(tmp_path / "chats.jsonl", chats(16))
-    main(small(tmp_path / "out", model_name=tiny(tmp_path / "model", "qwen3", TEMPLATE), dataset=data, assistant_only_loss=True,
-               packing=True, max_seq_length=60))
-    learnt = [label for row in built[0].train_dataset for label in row["labels"] if label != IGNORE]
-    tokenizer = built[0].tokenizer
-    assert sorted(learnt) == sorted(token for pair in PAIRS[:16] for token in
-                                    tokenizer(pair["completion"]).input_ids + [tokenizer.eos_token_id])
+    main(small(tmp_path / "out", model_name=tiny(tmp_path / "model", "qwen3", TEMPLATE),
+               dataset=data, assistant_only_loss=True, packing=True, max_seq_length=60))
+    tokenizer = built[0].processing_class
+    labels = [label for row in built[0].train_dataset for label in row["labels"]]
+    want = [token for pair in PAIRS[:16]
+            for token in tokenizer(pair["completion"]).input_ids + [tokenizer.eos_token_id]]
+    assert sorted(label for label in labels if label != IGNORE) == sorted(want)
 
 
-def test_response_template_learns_what_follows_it(tmp_path, built):
-    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"Q: {p['prompt']} A:{p['completion']}"} for p in PAIRS[:8]])
-    main(small(tmp_path / "out", dataset=data, response_template=" A:"))
-    row, tokenizer = built[0].train_dataset[3], built[0].tokenizer
-    assert tokenizer.decode([label for label in row["labels"] if label != IGNORE]) == PAIRS[3]["completion"] + tokenizer.eos_token
+def test_response_template_trains_on_what_follows_it(tmp_path, built):
+    rows = [{"text": f"Q: {p['prompt']} A:{p['completion']}"} for p in PAIRS[:8]]
+    main(small(tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows),
+               response_template=" A:"))
+    answer = PAIRS[3]["completion"] + built[0].processing_class.eos_token
+    assert trained_on(built[0], built[0].train_dataset[3]) == answer
 
 
-def test_given_tokens_train(tmp_path, built):
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [IGNORE, IGNORE, 7, 8]}] * 4
+def test_given_tokens_train_and_samples_continue_their_prompt(tmp_path, built):
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORE, IGNORE, IGNORE, IGNORE, 9]}] * 4
     main(small(tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows)))
-    assert built[0].train_dataset[0]["labels"] == [IGNORE, IGNORE, 7, 8]
-    assert lines(tmp_path / "out" / "samples.jsonl")[0]["prompt"] == built[0].tokenizer.decode([5, 6, 7])
+    assert trained_on(built[0], built[0].train_dataset[0]) == built[0].processing_class.decode([9])
+    prompt = lines(tmp_path / "out" / "samples.jsonl")[0]["prompt"]
+    assert prompt == built[0].processing_class.decode([5, 6, 7, 8])
 
 
-# ------------------------------------------------------------------------------------------------ flags
+def test_the_sample_of_a_row_as_long_as_the_model_takes_fits_its_positions(tmp_path, monkeypatch):
+    monkeypatch.undo()  # samples as long as the script's own
+    model = AutoModelForCausalLM.from_pretrained(TOY / "blank")
+    n = model.config.max_position_embeddings
+    rows = [{"input_ids": [5 + i % 200 for i in range(n)], "labels": [IGNORE] * (n - 1) + [7]}]
+    main(small(tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), max_steps=1))
+    samples = lines(tmp_path / "out" / "samples.jsonl")
+    assert len(samples) == 2 and all(row["prompt"] and row["completion"] for row in samples)
+
+
+# --------------------------------------------------------------------------------- flags
 def test_packing_fills_rows_and_keeps_every_token(tmp_path, built):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in REVIEWS[:30]])
     main(small(tmp_path / "out", dataset=data, packing=True, max_seq_length=50))
-    packed, tokenizer = built[0].train_dataset, built[0].tokenizer
-    assert {len(row["input_ids"]) for row in packed[:-1]["input_ids"] for row in [{"input_ids": row}]} == {50}
-    assert sum(len(row["input_ids"]) for row in packed) == sum(len(tokenizer(text).input_ids) + 1 for text in REVIEWS[:30])
-    assert set(packed.column_names) == {"input_ids", "labels", "position_ids"}
+    lengths = [len(ids) for ids in built[0].train_dataset["input_ids"]]
+    tokenizer = built[0].processing_class
+    assert set(lengths[:-1]) == {50}
+    assert sum(lengths) == sum(len(tokenizer(text).input_ids) + 1 for text in REVIEWS[:30])
 
 
-def test_max_seq_length_cuts(tmp_path, built):
-    main(small(tmp_path / "out", max_seq_length=7))
-    assert {len(ids) for ids in built[0].train_dataset["input_ids"]} == {7} and built[0].max_seq_length == 7
+def test_max_seq_length_and_dataset_text_field_are_the_trainer_s(tmp_path, built):
+    data = write_rows(tmp_path / "rows.jsonl",
+                      [{"text": "wrong", "review": text} for text in REVIEWS[:4]])
+    main(small(tmp_path / "out", dataset=data, dataset_text_field="review", max_seq_length=7))
+    assert {len(ids) for ids in built[0].train_dataset["input_ids"]} == {7}
+    assert REVIEWS[0].startswith(decoded(built[0], built[0].train_dataset[0]))
 
 
-def test_dataset_text_field_names_the_column(tmp_path, built):
-    data = write_rows(tmp_path / "rows.jsonl", [{"text": "wrong", "review": text} for text in REVIEWS[:4]])
-    main(small(tmp_path / "out", dataset=data, dataset_text_field="review"))
-    assert built[0].tokenizer.decode(built[0].train_dataset[0]["input_ids"]).startswith(REVIEWS[0])
-
-
-def test_dataset_num_proc_is_how_many_tokenise(tmp_path, monkeypatch):
+def test_dataset_num_proc_is_how_many_processes_tokenize(tmp_path, monkeypatch):
     asked, plain = [], Dataset.map
-    monkeypatch.setattr(Dataset, "map", lambda self, function, *args, **kwargs: (
-        asked.append((function, kwargs.pop("num_proc", None))) or plain(self, function, *args, **kwargs)))
+    monkeypatch.setattr(Dataset, "map", lambda self, *args, **kwargs: (
+        asked.append(kwargs.pop("num_proc", None)) or plain(self, *args, **kwargs)))
     main(small(tmp_path / "out", dataset_num_proc=3))
-    assert (sft.tokenize, 3) in asked
+    assert 3 in asked
 
 
-def test_eval_dataset_is_measured(tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in REVIEWS[:8]])
+def test_a_given_eval_dataset_replaces_the_toy_s(tmp_path, built):
     held = write_rows(tmp_path / "held.jsonl", [{"text": text} for text in REVIEWS[8:12]])
-    assert "eval_loss" not in main(small(tmp_path / "a", dataset=data))
-    toy, given = main(small(tmp_path / "b", dataset=None)), main(small(tmp_path / "c", dataset=None, eval_dataset=held))
-    assert toy["eval_loss"] != given["eval_loss"] > 0
+    returned = main(small(tmp_path / "out", dataset=None, eval_dataset=held, max_steps=1))
+    assert len(built[0].eval_dataset) == 4 and len(built[0].train_dataset) == 6000
+    assert returned["eval_loss"] == pytest.approx(built[0].evaluate()["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 20}, {"eval_strategy": "no"},
-                                    {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-                                     "load_best_model_at_end": True, "learning_rate": 0.5}],
-                         ids=["steps that stop short of the end", "none in between", "the best at the end"])
-def test_the_metrics_returned_are_of_the_model_that_is_saved(fields, tmp_path, built):
-    returned = main(small(tmp_path, max_steps=5, eval_dataset=FEW, **fields))
+EVALUATIONS = {
+    "steps that stop short of the end": {
+        "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 20},
+    "none in between": {"eval_strategy": "no"},
+    "the best at the end": {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True, "learning_rate": 0.5}}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_the_metrics_returned_are_of_the_model_that_is_saved(kind, tmp_path, built):
+    returned = main(small(tmp_path, max_steps=5, eval_dataset=FEW, **EVALUATIONS[kind]))
     assert returned["eval_loss"] == pytest.approx(built[0].evaluate()["eval_loss"], rel=1e-6)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in built[0].model.named_parameters())
     assert f"| eval_loss | {returned['eval_loss']:.4g} |" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dtype, want", [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float16)])
-def test_torch_dtype_is_the_weights_type(dtype, want, tmp_path, built):
+@pytest.mark.parametrize("dtype, want", [("float32", torch.float32), ("bfloat16", torch.bfloat16),
+                                         ("auto", torch.float16)])
+def test_torch_dtype_is_the_type_of_the_weights(dtype, want, tmp_path, built):
     name = tmp_path / "model"
     tiny(name, "llama")
     AutoModelForCausalLM.from_pretrained(name).half().save_pretrained(name)
-    main(small(tmp_path / "out", model_name=str(name), torch_dtype=dtype, learning_rate=1e-5))
+    main(small(tmp_path / "out", model_name=str(name), torch_dtype=dtype, learning_rate=1e-5,
+               max_steps=1))
     assert built[0].model.dtype == want
 
 
 def test_the_learning_rate_falls_with_the_root_of_the_size_unless_given(tmp_path):
-    config = small(tmp_path / "toy")
-    main(config)
     weights = AutoModelForCausalLM.from_pretrained(TOY / "blank").num_parameters()
-    assert config.learning_rate == pytest.approx(4e-3 * (1e5 / weights) ** 0.5)
-    first = next(row for row in metrics(tmp_path / "toy") if "learning_rate" in row)["learning_rate"]
-    assert 0 < first <= config.learning_rate
-    given = small(tmp_path / "given", learning_rate="2e-4")
-    main(given)
-    assert given.learning_rate == 2e-4
+    for given, want in ((None, 4e-3 * (1e5 / weights) ** 0.5), ("2e-4", 2e-4)):
+        main(small(tmp_path / str(given), learning_rate=given, lr_scheduler_type="constant",
+                   max_steps=1))
+        assert metrics(tmp_path / str(given))[0]["learning_rate"] == pytest.approx(want)
 
 
 def test_lora_trains_the_adapter_alone_and_saves_it(tmp_path, built):
-    main(small(tmp_path, lora_r=3, lora_alpha=12, gradient_checkpointing=True, learning_rate=1e-2))
+    out = tmp_path / "out"
+    main(small(out, lora_r=3, lora_alpha=12, gradient_checkpointing=True, learning_rate=1e-2))
     trained = {name for name, p in built[0].model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert {min(w.shape) for w in weights.values()} == {3} and all(w.abs().sum() > 0 for w in weights.values())
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == 12 and (tmp_path / "README.md").read_text().count("# ") >= 1
-    assert not (tmp_path / "model.safetensors").exists()
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)  # transformers finds the base model by itself
+    weights = load_file(out / "adapter_model.safetensors")
+    assert {min(w.shape) for w in weights.values()} == {3}
+    assert all(w.abs().sum() > 0 for w in weights.values())
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 12 and (out / "README.md").exists()
+    assert not (out / "model.safetensors").exists()
+    opened = AutoModelForCausalLM.from_pretrained(out)  # transformers finds the base model itself
     assert any("lora_" in name for name, _ in opened.named_parameters())
 
 
 def test_tensorboard_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    main(small(tmp_path, report_to="tensorboard"))
+    main(small(tmp_path / "out", report_to="tensorboard", max_steps=1))
     assert list((tmp_path / "board").rglob("events.out.tfevents*"))
 
 
-def test_trainer_s_own_flags_have_effect(tmp_path, built):
-    main(small(tmp_path, bf16=True, use_cpu=True, neftune_noise_alpha=5.0, label_smoothing_factor=0.1, warmup_steps=1, seed=3,
-               save_strategy="steps", save_steps=1, save_total_limit=1))
+def test_the_flags_of_trainer_have_effect(tmp_path):
+    main(small(tmp_path, bf16=True, use_cpu=True, neftune_noise_alpha=5.0, seed=3, warmup_steps=1,
+               label_smoothing_factor=0.1, save_strategy="steps", save_steps=1, save_total_limit=1))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert metrics(tmp_path)[0]["learning_rate"] == 0 and (tmp_path / "model.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------ bad input
-def broken_tokenizer(folder):
+# --------------------------------------------------------------------------------- bad input
+def without_ends(folder):
     tiny(folder, "gpt2")
-    AutoTokenizer.from_pretrained(folder, pad_token=None, eos_token=None, bos_token=None).save_pretrained(folder)
-    return str(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token=None, eos_token=None, bos_token=None)
+    tokenizer.save_pretrained(folder)
 
 
-BAD = {
-    "unknown model folder": (dict(model_name="./nowhere"), r"model_name ./nowhere can't be loaded"),
-    "unknown data file": (dict(dataset="nowhere.jsonl"), r"data file nowhere.jsonl does not exist here"),
-    "unknown evaluation file": (dict(eval_dataset="nowhere.jsonl"), r"data file nowhere.jsonl does not exist here"),
-    "missing column": (dict(rows=[{"words": "a"}]), r"columns \['words'\]"),
-    "missing text field": (dict(rows=[{"text": "a"}], dataset_text_field="body"), r"none is called body \(dataset_text_field\)"),
-    "an empty file": (dict(rows=[]), r"rows.jsonl"),
-    "nothing to learn": (dict(rows=[{"input_ids": [5, 6], "labels": [IGNORE, IGNORE]}]), r"no row of the training data set has a token to learn"),
-    "template not found": (dict(response_template="nowhere"), r"no row .*\(response_template 'nowhere'\)"),
-    "length that leaves nothing": (dict(max_seq_length=1), r"max_seq_length=1: give 2 to 128"),
-    "length over the model's": (dict(max_seq_length=500), r"max_seq_length=500: give 2 to 128"),
-    "prompts that fill the length": (dict(rows=PAIRS[:4], max_seq_length=3), r"no row .* has a token to learn among its first 3"),
-    "chat without template": (dict(rows=chats(2)), r"chat_template"),
-    "nothing to resume": (dict(resume_from_checkpoint="nowhere"), r"no checkpoint-<n> there"),
-    "two adapters": (dict(model="adapter", lora_r=2), r"has an adapter already"),
-    "tokenizer without pad and end": (dict(model="no pad"), r"neither a pad token nor an end-of-sequence token"),
-    "encoder-decoder with texts": (dict(model="t5"), r"an encoder-decoder learns from rows of prompt and completion"),
-    "packing with a template": (dict(packing=True, response_template="the"), r"packing goes with rows of prompt and completion"),
+BAD = {  # the fields, and what the message names
+    "unknown model folder": (dict(model_name="./nowhere"), ["model_name", "./nowhere"]),
+    "unknown data file": (dict(dataset="nowhere.jsonl"), ["nowhere.jsonl"]),
+    "unknown evaluation file": (dict(eval_dataset="nowhere.jsonl"), ["nowhere.jsonl"]),
+    "an empty file": (dict(rows=[]), ["rows.jsonl"]),
+    "no such column": (dict(rows=[{"words": "a"}]), ["words"]),
+    "template not found": (dict(response_template="nowhere"), ["response_template", "'nowhere'"]),
+    "length over the model's": (dict(max_seq_length=500), ["max_seq_length=500", "128"]),
+    "chat without template": (dict(rows=chats(2)), ["chat_template"]),
+    "nothing to resume": (dict(resume_from_checkpoint="nowhere"), ["nowhere"]),
+    "two adapters": (dict(model="adapter", lora_r=2), ["adapter"]),
+    "tokenizer without pad and end": (dict(model="without ends"), ["pad_token"]),
+    "packing with a template": (dict(packing=True, response_template="the"), ["packing"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence_before_any_weight_moves(case, tmp_path, monkeypatch):
-    fields, sentence = dict(BAD[case][0]), BAD[case][1]
+    fields, words = dict(BAD[case][0]), BAD[case][1]
     if "rows" in fields:
         fields["dataset"] = write_rows(tmp_path / "rows.jsonl", fields.pop("rows"))
     if "model" in fields:
-        kind = fields.pop("model")
-        fields["model_name"] = broken_tokenizer(tmp_path / "m") if kind == "no pad" else str(tmp_path / "m")
+        kind, fields["model_name"] = fields.pop("model"), str(tmp_path / "m")
         if kind == "adapter":
-            main(small(tmp_path / "m", lora_r=2))
-        elif kind == "t5":
-            tiny(tmp_path / "m", "t5")
+            main(small(tmp_path / "m", lora_r=2, max_steps=1))
+        else:
+            without_ends(tmp_path / "m")
     moved = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: moved.append(1))
-    with pytest.raises(InputError, match=sentence) as error:
+    with pytest.raises(InputError) as error:
         main(small(tmp_path / "out", **fields))
     assert not moved and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("file, how", [("model.safetensors", "cut"), ("optimizer.pt", "cut"), ("scheduler.pt", "cut"),
-                                       ("trainer_state.json", "cut"), ("model.safetensors", "missing"), ("trainer_state.json", "missing")])
-def test_a_corrupt_checkpoint_is_one_sentence(file, how, tmp_path):
-    main(small(tmp_path, save_strategy="steps", save_steps=1))
-    path = tmp_path / "checkpoint-2" / file
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A run of two updates with a checkpoint of each."""
+    for state in (AcceleratorState, GradientState, PartialState):  # what other tests left
+        state._reset_state(*[True] * (state is AcceleratorState))
+    out = tmp_path_factory.mktemp("saved")
+    main(small(out, save_strategy="steps", save_steps=1))
+    return out
+
+
+@pytest.mark.parametrize("file, how", [
+    ("model.safetensors", "cut"), ("optimizer.pt", "cut"), ("scheduler.pt", "cut"),
+    ("trainer_state.json", "cut"), ("model.safetensors", "missing"),
+    ("trainer_state.json", "missing")])
+def test_a_damaged_checkpoint_is_one_sentence(file, how, saved_run, tmp_path):
+    out = shutil.copytree(saved_run, tmp_path / "out")
+    path = out / "checkpoint-2" / file
     path.write_bytes(path.read_bytes()[:100]) if how == "cut" else path.unlink()
     with pytest.raises(InputError, match="checkpoint-2") as error:
-        main(small(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+        main(small(out, max_steps=4, resume_from_checkpoint=str(out / "checkpoint-2")))
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(saved_run, tmp_path):
     """A kill while checkpoint-2 is written: its folder exists, what Trainer writes last does not."""
-    main(small(tmp_path, save_strategy="steps", save_steps=1))
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    main(small(tmp_path, max_steps=4, resume_from_checkpoint=str(tmp_path)))
-    assert metrics(tmp_path)[-1]["update"] == 4
+    out = shutil.copytree(saved_run, tmp_path / "out")
+    (out / "checkpoint-2" / "trainer_state.json").unlink()
+    main(small(out, max_steps=4, resume_from_checkpoint=str(out)))
+    assert [row["update"] for row in metrics(out) if "loss" in row] == [1, 2, 3, 4]
 
 
-def test_an_unwritable_output_folder_is_told_before_anything_is_loaded(tmp_path):
+def test_a_fresh_run_refuses_a_folder_with_checkpoints(saved_run):
+    with pytest.raises(InputError, match="output_dir.*checkpoint-2"):
+        main(small(saved_run))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="output_dir .*file/out can't be written"):
+    with pytest.raises(InputError, match="output_dir .*file/out"):
         main(small(tmp_path / "file" / "out", model_name="never looked at"))
 
 
-def test_on_the_command_line_an_error_is_one_sentence(tmp_path, monkeypatch):
-    told = entry_point(monkeypatch, "--dataset", write_rows(tmp_path / "rows.jsonl", [{"words": "a"}]), "--output-dir", tmp_path)
-    assert told.startswith("sft.py: error: the data set has the columns ['words']") and "\n" not in told
-
-
-def test_without_a_gpu_bf16_is_told_to_ask_for_the_cpu(monkeypatch, capsys):
-    assert entry_point(monkeypatch, "--bf16") and "use_cpu" in "".join(capsys.readouterr())
+if __name__ == "__main__":
+    job_of_two_ranks(Path(sys.argv[1]))
