@@ -241,6 +241,12 @@ def test_a_chat_is_in_the_loss_whole_and_only_the_template_writes_special_tokens
     assert ids(trainer.train_dataset) == [CHAT_IDS] and trained_on(trainer) == [CHAT_IDS[1:]]
 
 
+def test_messages_are_taken_before_text(make_sft, chat_tokenizer):
+    rows = [{"text": "w5", "messages": CHAT}]
+    trainer = make_sft(rows=rows, tokenizer=chat_tokenizer)
+    assert ids(trainer.train_dataset) == [CHAT_IDS]
+
+
 def test_assistant_only_loss_keeps_the_assistant_s_turns_and_their_ends(make_sft, chat_tokenizer):
     trainer = make_sft(rows=[{"messages": CHAT}], tokenizer=chat_tokenizer,
                        dataset_kwargs={"assistant_only_loss": True})
@@ -859,6 +865,8 @@ def test_rows_given_to_evaluate_are_prepared_unless_they_are_already(make_sft):
     want = pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
     assert trainer.evaluate(rows_of(TEXTS[:4]))["eval_loss"] == want
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == want
+    packed = make_sft(rows=rows_of(TEXTS[:4]), packing=True, max_seq_length=20).train_dataset
+    assert len(packed) == 1 and trainer.evaluate(packed)["eval_loss"] == want
 
 
 def test_labels_for_completions_are_made_once_at_the_start(make_sft, tokenizer):
@@ -866,8 +874,9 @@ def test_labels_for_completions_are_made_once_at_the_start(make_sft, tokenizer):
     trainer = make_sft(rows=rows_of(["w4 w11 w5", "w6 w7 w11 w8 w9"]), data_collator=collator)
     want = [[IGNORE, IGNORE, 5, EOS], [IGNORE] * 3 + [8, 9, EOS]]
     assert [row["labels"] for row in trainer.train_dataset] == want
-    trainer = make_sft(rows=rows_of(["w4 w11 w5"]), data_collator=collator, max_seq_length=3)
-    assert trained_on(trainer) == [[5]]
+    rows = rows_of(["w4 w11 w5 w6 w11 w7"])  # the last template among the tokens that are kept
+    trainer = make_sft(rows=rows, data_collator=collator, max_seq_length=4)
+    assert trained_on(trainer) == [[5, 6]]
 
 
 def test_an_ignore_index_of_the_collator_s_own_stays_out_of_the_loss(make_sft, tokenizer):
@@ -1044,11 +1053,14 @@ def test_gradient_checkpointing_with_an_adapter_trains_the_same_adapter(arch, ma
         torch.testing.assert_close(plain[name], checked[name], rtol=1e-4, atol=1e-6)
 
 
-def test_the_seed_of_the_arguments_decides_how_an_adapter_begins(make_sft):
+@pytest.mark.parametrize("by_init", [False, True], ids=["model", "model_init"])
+def test_the_seed_of_the_arguments_decides_how_an_adapter_begins(by_init, make_sft):
     def first(seed):
+        model = {"model": None, "model_init": lambda: hf_model("llama")} if by_init else {
+            "model": "llama"}
         adapter = LoraConfig(target_modules=["q_proj"])
-        model = make_sft("llama", peft_config=adapter, seed=seed).model
-        return next(p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name)
+        adapted = make_sft(**model, peft_config=adapter, seed=seed).model
+        return next(p.detach() for name, p in adapted.named_parameters() if "lora_A" in name)
 
     assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
 

@@ -384,8 +384,9 @@ def test_a_model_of_a_folder_trains_and_is_saved_as_it_is(arch, tmp_path):
     assert type(after) is type(before)
     assert any((a != b).any() for a, b in zip(after.parameters(), before.parameters()))
     assert returned["eval_loss"] < math.log(400) + 1
-    prompts = [row["prompt"] for row in lines(out / "samples.jsonl")]
-    assert prompts == [row["prompt"] for row in PAIRS[:5]] * 2
+    samples = lines(out / "samples.jsonl")
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in PAIRS[:5]] * 2
+    assert any(row["completion"] for row in samples)
 
 
 def test_a_saved_adapter_continues_to_train(tmp_path, built):
@@ -464,12 +465,16 @@ def test_given_tokens_train_and_samples_continue_their_prompt(tmp_path, built):
 
 def test_the_sample_of_a_row_as_long_as_the_model_takes_fits_its_positions(tmp_path, monkeypatch):
     monkeypatch.undo()  # samples as long as the script's own
+    plain, training = GenerationMixin.generate, []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, *args, **kwargs: (
+        training.append(self.training) or plain(self, *args, **kwargs)))
     model = AutoModelForCausalLM.from_pretrained(TOY / "blank")
     n = model.config.max_position_embeddings
     rows = [{"input_ids": [5 + i % 200 for i in range(n)], "labels": [IGNORE] * (n - 1) + [7]}]
     main(small(tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), max_steps=1))
     samples = lines(tmp_path / "out" / "samples.jsonl")
     assert len(samples) == 2 and all(row["prompt"] and row["completion"] for row in samples)
+    assert training == [False, False]  # no dropout while the model writes
 
 
 # --------------------------------------------------------------------------------- flags
