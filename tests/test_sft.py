@@ -1134,7 +1134,8 @@ EMPTY = Dataset.from_dict({"text": []})
 UNLABELED = [{"input_ids": [4, 5, 6, 7], "labels": [IGNORE] * 4}] * 8
 BAD = {  # the arguments, and what the message names
     "no such column": (dict(rows=[{"words": "w4"}]), ["words", "dataset_text_field"]),
-    "no such text field": (dict(rows=[{"text": "w4"}], dataset_text_field="body"), ["text", "body"]),
+    "no such text field": (
+        dict(rows=[{"text": "w4"}], dataset_text_field="body"), ["text", "body"]),
     "an empty dataset": (dict(rows=EMPTY), ["training"]),
     "an empty stream": (dict(rows=IterableDataset.from_generator(lambda: iter([]))), ["training"]),
     "an empty evaluation set": (dict(eval_dataset=EMPTY), ["evaluation"]),

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -173,7 +172,8 @@ def test_the_screen_shows_the_loss_and_the_time_that_is_left(finished_run):
 
 def test_the_model_card_names_the_data_and_the_result(finished_run):
     card = (finished_run[0] / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n---\n") and "`toy/reviews.jsonl`" in card
+    assert card.startswith("---\nlibrary_name: transformers\n---\n")
+    assert "toy/reviews.jsonl" in card
     (loss,) = [row["eval_loss"] for row in metrics(finished_run[0]) if "eval_loss" in row]
     assert f"| eval_loss | {loss:.4g} |" in card
 
@@ -198,7 +198,7 @@ runpy.run_path("sft.py", run_name="__main__")
 
 
 def test_a_killed_run_resumes_to_exactly_the_same_numbers(tmp_path, monkeypatch):
-    """Killed in update 13, after checkpoint-10: the lines of updates 11 and 12 are written again."""
+    """Killed in update 13, after checkpoint-10: the lines of updates 11 and 12 come again."""
     monkeypatch.undo()  # samples as long as the script's own, since they draw from the same seed
     fields = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps",
               "eval_steps": 8, "per_device_train_batch_size": 8, "logging_steps": 1,
@@ -578,7 +578,8 @@ def test_the_flags_of_trainer_have_effect(tmp_path):
 # --------------------------------------------------------------------------------- bad input
 def without_ends(folder):
     tiny(folder, "gpt2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token=None, eos_token=None, bos_token=None)
+    without = {"pad_token": None, "eos_token": None, "bos_token": None}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **without)
     tokenizer.save_pretrained(folder)
 
 
@@ -641,7 +642,7 @@ def test_a_damaged_checkpoint_is_one_sentence(file, how, saved_run, tmp_path):
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(saved_run, tmp_path):
-    """A kill while checkpoint-2 is written: its folder exists, what Trainer writes last does not."""
+    """A kill while checkpoint-2 is written leaves its folder without Trainer's last file."""
     out = shutil.copytree(saved_run, tmp_path / "out")
     (out / "checkpoint-2" / "trainer_state.json").unlink()
     main(small(out, max_steps=4, resume_from_checkpoint=str(out)))
