@@ -378,8 +378,12 @@ def test_a_buffer_holds_num_of_sequences_x_seq_length_x_chars_per_token_characte
     packed = ConstantLengthDataset(tokenizer, IterableDataset.from_generator(rows), "text",
                                    seq_length=5, num_of_sequences=sequences, chars_per_token=chars)
     read.clear()
-    next(iter(packed))
+    packed = iter(packed)
+    for _ in range(want):  # each text is one row of 5 tokens
+        next(packed)
     assert len(read) == want  # 5 rows x 11 = 55 characters = 2 x 5 x 5.5
+    next(packed)
+    assert len(read) == 2 * want
 
 
 def test_each_pass_has_its_own_order_drawn_from_the_seed_alone(tokenizer):
@@ -455,8 +459,8 @@ def test_chats_and_completions_keep_their_labels_when_packed(chat_tokenizer):
 
 
 def test_workers_of_a_data_loader_divide_the_rows_and_repeat_none(tokenizer):
-    packed = ConstantLengthDataset(tokenizer, rows_of(TEXTS * 2), "text", seq_length=4,
-                                   shuffle=False)
+    texts = rows_of([f"w{i} w{i} w{i}" for i in range(10, 19)])  # no two rows are equal
+    packed = ConstantLengthDataset(tokenizer, texts, "text", seq_length=4, shuffle=False)
     loader = torch.utils.data.DataLoader(packed, batch_size=None, num_workers=2)
     assert sorted(ids(loader)) == sorted(ids(packed))
 
@@ -502,6 +506,7 @@ def test_what_follows_the_last_response_template_is_in_the_loss(tokenizer):
 
 @pytest.mark.parametrize("text, want", [
     ("w10 w4 w11 w5 w10 w6 w11 w7 </s>", "w5 w7 </s>"),
+    ("w10 w4 w11 w5 w10 w6 w11 w7 w10 w8 w11 w9", "w5 w7 w9"),
     ("w10 w4 w10 w5 w11 w6", "w6"),                          # two questions in a row
     ("w10 w4 w11 w5 w11 w6 w10 w7 w11 w8", "w5 w11 w6 w8"),  # two answers: no question is kept
     ("w11 w5 w10 w6 w11 w7", "w5 w7"),                       # the assistant begins
@@ -522,6 +527,7 @@ def test_a_template_is_found_where_its_tokens_differ_inside_a_row():
     assert labelled(tokenizer, text, response_template=template) == " was dull"
     # at the beginning of a row it is tokenized as it is alone
     assert labelled(tokenizer, text[4:], response_template=template) == " was dull"
+    assert labelled(tokenizer, text, response_template="acting was") == " dull"
     turns = labelled(tokenizer, text, response_template=template, instruction_template="bland")
     assert turns == " was was dull"
 

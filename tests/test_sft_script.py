@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -229,7 +230,7 @@ RESUMED = {"packed": {"packing": True, "max_seq_length": 40}, "LoRA": {"lora_r":
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path, monkeypatch):
     fields = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3,
               "learning_rate": 1e-2, **RESUMED[kind]}
     main(small(tmp_path / "whole", **fields))
@@ -238,7 +239,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path):
     for folder in (tmp_path / "cut").glob("checkpoint-*"):  # as though killed after the first
         if folder.name != "checkpoint-3":
             shutil.rmtree(folder)
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args, **kwargs: (
+        taken.append(1) or step(self, *args, **kwargs)))
     main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
+    assert len(taken) == steps - 3  # it does not start again
     whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row]
                   for name in ("whole", "cut")]
     assert steps > 4 and cut == whole
@@ -278,6 +283,8 @@ def traced(batch, folder):
     """A formatting function that keeps on record how many rows each rank asks it for."""
     with open(f"{folder}/traced-{os.environ['RANK']}.txt", "a") as file:
         file.write(f"{len(batch['text'])}\n")
+    if os.environ["RANK"] == "0" and len(batch["text"]) > 2:
+        time.sleep(1)  # a rank that does not wait would tokenize meanwhile
     return list(batch["text"])
 
 
@@ -375,7 +382,9 @@ def test_the_main_rank_tokenizes_and_the_others_find_its_work(packing, two_ranks
 # --------------------------------------------------------------------------------- models
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3", *SEQ2SEQ])
 def test_a_model_of_a_folder_trains_and_is_saved_as_it_is(arch, tmp_path):
-    data = write_rows(tmp_path / "rows.jsonl", PAIRS[:16])
+    words = [text.split() for text in REVIEWS[:16]]
+    rows = [{"prompt": " ".join(w[:8]), "completion": " " + " ".join(w[8:])} for w in words]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     name = tiny(tmp_path / "model", arch)
     out = tmp_path / "out"
     returned = main(small(out, model_name=name, dataset=data, eval_dataset=data, max_steps=3))
@@ -385,7 +394,7 @@ def test_a_model_of_a_folder_trains_and_is_saved_as_it_is(arch, tmp_path):
     assert any((a != b).any() for a, b in zip(after.parameters(), before.parameters()))
     assert returned["eval_loss"] < math.log(400) + 1
     samples = lines(out / "samples.jsonl")
-    assert [row["prompt"] for row in samples] == [row["prompt"] for row in PAIRS[:5]] * 2
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in rows[:5]] * 2
     assert any(row["completion"] for row in samples)
 
 
