@@ -1,40 +1,49 @@
-"""reward.py: the loss by hand, one packed pass that scores every text as alone, rows, configuration, and all that Trainer gives."""
+"""reward.py: the loss by hand, scores and gradients against the plain model, rows, configuration,
+logs and evaluation, and what it inherits from transformers.Trainer."""
 import copy
 import dataclasses
+import gc
 import inspect
 import math
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForSequenceClassification, HfArgumentParser, TrainingArguments
+from transformers import (AutoModelForSequenceClassification, HfArgumentParser, TrainerCallback,
+                          TrainingArguments)
 
-import reward
 from common import InputError, load_reward
 from conftest import BOS, EOS, PAD, VOCAB
-from reward import (COLUMNS, RETIRED, RewardConfig, RewardDataCollatorWithPadding, RewardTrainer, compute_accuracy, lay_out,
+from reward import (RewardConfig, RewardDataCollatorWithPadding, RewardTrainer, compute_accuracy,
                     preference_loss)
 
-DECODERS = ("gpt2", "llama", "qwen3", "gemma", "mistral")
+SIDES = ("chosen", "rejected")
+COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
 LENGTHS = ((3, 9), (7, 2), (12, 5), (4, 4), (6, 11), (2, 8), (10, 3), (5, 6))
+MARGINS = (0.0, 1.0, 2.0, 0.5, 0.0, 1.0, 0.25, 3.0)
 TEMPLATE = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s> ' }}{% endfor %}"
 
 
 def sizes(arch):
-    tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "num_labels": 1}
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-             "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2}
+    tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+              "num_labels": 1}
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+             "max_position_embeddings": 64, "initializer_range": 0.2}
     return {**tokens, **{
-        "gpt2": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2, "resid_pdrop": 0.0,
-                 "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "gpt2": {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0,
+                 "initializer_range": 0.2, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         "llama": llama, "qwen3": llama, "gemma": llama, "mistral": {**llama, "sliding_window": 6},
-        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD,
-               "dropout_rate": 0.0, "classifier_dropout": 0.0, "is_encoder_decoder": True},
-        "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-                 "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
+               "decoder_start_token_id": PAD, "dropout_rate": 0.0, "classifier_dropout": 0.0,
+               "is_encoder_decoder": True},
+        "bert": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                 "num_attention_heads": 2, "max_position_embeddings": 64,
+                 "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     }[arch]}
 
 
@@ -46,43 +55,49 @@ def classifier(arch="gpt2", seed=0, **changes):
     return getattr(transformers, name + "ForSequenceClassification")(config)
 
 
-def pairs(lengths=LENGTHS, seed=0, end=(), **columns):
-    """Rows of the four columns: random words, the n-th chosen and rejected text of the n-th two lengths, and `end`."""
-    draw = torch.Generator().manual_seed(seed)
-    rows = []
-    for both in lengths:
-        row = {}
-        for side, n in zip(reward.SIDES, both):
-            row[f"input_ids_{side}"] = torch.randint(4, VOCAB, (n,), generator=draw).tolist() + list(end)
-            row[f"attention_mask_{side}"] = [1] * len(row[f"input_ids_{side}"])
-        rows.append(row)
+def token_rows(*both_sides, **columns):
+    """Rows of the four columns from pairs of lists of token ids."""
+    rows = [{f"{kind}_{side}": ids if kind == "input_ids" else [1] * len(ids)
+             for side, ids in zip(SIDES, both) for kind in ("input_ids", "attention_mask")}
+            for both in both_sides]
     for name, values in columns.items():
         rows = [{**row, name: value} for row, value in zip(rows, values)]
     return Dataset.from_list(rows)
 
 
+def pairs(lengths=LENGTHS, seed=0, end=(), **columns):
+    """Rows of random token ids: one row for each (length of chosen, length of rejected)."""
+    draw = torch.Generator().manual_seed(seed)
+    text = lambda n: torch.randint(4, VOCAB, (n,), generator=draw).tolist() + list(end)
+    return token_rows(*[[text(n) for n in both] for both in lengths], **columns)
+
+
 @pytest.fixture
 def make_args(tmp_path):
-    """make_args(**fields) -> RewardConfig: two steps of four pairs in their order, no checkpointing."""
+    """make_args(**fields) -> RewardConfig: two steps of four pairs in their order."""
     def make(**fields):
-        return RewardConfig(**{"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2,
-                               "per_device_eval_batch_size": 4, "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
-                               "train_sampling_strategy": "sequential", "save_strategy": "no", "gradient_checkpointing": False,
-                               "remove_unused_columns": False, **fields})
+        return RewardConfig(**{
+            "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 4, "max_steps": 2,
+            "per_device_eval_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+            "train_sampling_strategy": "sequential", "save_strategy": "no", "use_cpu": True,
+            "disable_tqdm": True, "gradient_checkpointing": False, "remove_unused_columns": False,
+            **fields})
 
     return make
 
 
 @pytest.fixture
 def make_trainer(make_args, tokenizer):
-    """make_trainer("gpt2" or a model, rows, **fields of RewardConfig or arguments of RewardTrainer) -> RewardTrainer"""
-    names = set(inspect.signature(RewardTrainer).parameters)
+    """make_trainer("gpt2" or a model, rows, **fields of RewardConfig or arguments of RewardTrainer)
+    -> RewardTrainer"""
+    fields = {field.name for field in dataclasses.fields(RewardConfig)} - {"eval_dataset"}
 
     def make(model="gpt2", rows=None, **kwargs):
-        parts = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"max_length"}}
+        args = make_args(**{name: kwargs.pop(name) for name in list(kwargs) if name in fields})
         model = classifier(model) if isinstance(model, str) else model
-        parts = {"model": model, "tokenizer": tokenizer, "train_dataset": pairs() if rows is None else rows, **parts}
-        return RewardTrainer(args=make_args(**kwargs), **parts)
+        parts = {"model": model, "tokenizer": tokenizer,
+                 "train_dataset": pairs() if rows is None else rows, **kwargs}
+        return RewardTrainer(args=args, **parts)
 
     return make
 
@@ -92,17 +107,39 @@ def batch_of(trainer, rows=None):
 
 
 def rewards(trainer, rows=None):
-    """Scores of all chosen texts and all rejected ones, [2, n]."""
+    """Scores of the chosen and the rejected texts in one batch, [2, n]."""
     with torch.no_grad():
-        _, out = trainer.compute_loss(trainer.model.eval(), batch_of(trainer, rows), return_outputs=True)
+        _, out = trainer.compute_loss(trainer.model.eval(), batch_of(trainer, rows),
+                                      return_outputs=True)
     return torch.stack([out["rewards_chosen"], out["rewards_rejected"]])
 
 
+def plain_scores(model, rows):
+    """The same by the plain model, one text at a time, without padding."""
+    score = lambda ids: model(input_ids=torch.tensor([ids])).logits[0, 0]
+    return torch.stack([torch.stack([score(row[f"input_ids_{side}"]) for row in rows])
+                        for side in SIDES])
+
+
 def alone(model, rows):
-    """The same, each text by itself, without padding, by the plain model."""
     with torch.no_grad():
-        return torch.stack([torch.stack([model.eval()(torch.tensor([row[f"input_ids_{side}"]])).logits[0, 0] for row in rows])
-                            for side in reward.SIDES])
+        return plain_scores(model.eval(), rows)
+
+
+def plain_losses(scores, margin=0.0, smoothing=0.0, centering=0.0):
+    """The loss of each pair, written from the formula of the papers."""
+    chosen, rejected = scores.double()
+    p = 1 / (1 + torch.exp(-(chosen - rejected - margin)))
+    loss = -(1 - smoothing) * torch.log(p) - smoothing * torch.log(1 - p)
+    return loss + centering * (chosen + rejected).square()
+
+
+def pair_metrics(scores):
+    """What the log says of these pairs, none of which is a tie."""
+    chosen, rejected = scores
+    return {"rewards/chosen": chosen.mean().item(), "rewards/rejected": rejected.mean().item(),
+            "rewards/margins": (chosen - rejected).mean().item(),
+            "rewards/accuracies": (chosen > rejected).float().mean().item()}
 
 
 def lora(**kwargs):
@@ -114,197 +151,192 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def same_weights(one, other, atol=1e-6):
-    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters()):
-        if not name.endswith("c_attn.bias"):  # the keys' part has no gradient but rounding, of which Adam makes whole steps
-            torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+def same_tensors(got, want, share=1e-3):
+    """Named tensors are equal up to float32's rounding: a thousandth of each one's norm, or, where
+    a tensor's true value is zero, a hundred-thousandth of all together."""
+    total = math.sqrt(sum(tensor.norm().item() ** 2 for tensor in want.values()))
+    for name, tensor in want.items():
+        off = (got[name] - tensor).norm().item()
+        assert off <= share * tensor.norm().item() + 0.01 * share * total, f"{name}: off by {off}"
 
 
-# ------------------------------------------------------------------------------------------------ the mathematics
-def test_the_loss_of_a_pair_by_hand():
-    chosen, rejected = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.0, 0.0, 2.0])
-    want = [math.log(1 + math.exp(-2)), math.log(2), math.log(1 + math.exp(3))]
-    assert preference_loss(chosen, rejected).tolist() == pytest.approx(want, abs=1e-6)
-
-
-def test_the_loss_falls_when_the_chosen_text_gains():
-    chosen = torch.tensor([0.3], requires_grad=True)
-    preference_loss(chosen, torch.tensor([0.5])).backward()
-    assert chosen.grad.item() == pytest.approx(-1 / (1 + math.exp(-0.2)), abs=1e-6)  # -(1 - sigmoid(-0.2))
+# ------------------------------------------------------------------------------ the mathematics
+@pytest.mark.parametrize("name,scores,kwargs,want", [
+    ("a wide lead", (2, 0), {}, math.log(1 + math.exp(-2))),
+    ("a tie", (0.5, 0.5), {}, math.log(2)),
+    ("the wrong order", (-1, 2), {}, math.log(1 + math.exp(3))),
+    ("a margin is taken off the lead", (3, 1), {"margin": 2.0}, math.log(2)),
+    ("a margin at a tie", (1, 1), {"margin": 0.5}, math.log(1 + math.exp(0.5))),
+    ("smoothing", (2, 0), {"smoothing": 0.1}, math.log(1 + math.exp(-2)) + 0.1 * 2),
+    ("centring adds c times the squared sum", (2, 1), {"centering": 0.01},
+     math.log(1 + math.exp(-1)) + 0.01 * 9),
+    ("all of them", (2, 1), {"margin": 3.0, "smoothing": 0.2, "centering": 0.1},
+     math.log(1 + math.exp(2)) - 0.2 * 2 + 0.1 * 9),
+], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "")
+def test_the_loss_of_a_pair_by_hand(name, scores, kwargs, want):
+    chosen, rejected = (torch.tensor([float(score)]) for score in scores)
+    assert preference_loss(chosen, rejected, **kwargs).tolist() == pytest.approx([want], abs=1e-6)
 
 
 def test_each_pair_has_its_own_margin():
-    chosen, rejected, margin = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.5])
+    chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])
     want = [math.log(2), math.log(1 + math.exp(0.5))]
-    assert preference_loss(chosen, rejected, margin).tolist() == pytest.approx(want, abs=1e-6)
+    got = preference_loss(chosen, rejected, torch.tensor([2.0, 0.5])).tolist()
+    assert got == pytest.approx(want, abs=1e-6)
 
 
-def test_with_smoothing_the_loss_is_least_where_the_doubt_is():
-    eps = 0.1
-    best = math.log((1 - eps) / eps)  # sigmoid(best) = 1 - eps
-    at = lambda difference: preference_loss(torch.tensor([difference]), torch.zeros(1), smoothing=eps).item()
+def test_the_loss_falls_when_the_chosen_text_gains_and_rises_when_the_rejected_one_does():
+    chosen, rejected = (torch.tensor([score], requires_grad=True) for score in (0.3, 0.5))
+    preference_loss(chosen, rejected).backward()
+    assert chosen.grad.item() == pytest.approx(-1 / (1 + math.exp(-0.2)), abs=1e-6)
+    assert rejected.grad.item() == pytest.approx(1 / (1 + math.exp(-0.2)), abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothing,margin,best", [
+    (0.1, 0.0, math.log(0.9 / 0.1)), (0.5, -1.5, -1.5), (0.1, 1.0, 1 + math.log(0.9 / 0.1))])
+def test_with_smoothing_the_loss_is_least_at_a_finite_lead(smoothing, margin, best):
+    """Where sigmoid(lead - margin) = 1 - smoothing."""
+    at = lambda lead: preference_loss(torch.tensor([lead]), torch.zeros(1), margin,
+                                      smoothing).item()
     assert at(best) < at(best - 0.1) and at(best) < at(best + 0.1)
-    assert at(best) == pytest.approx(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)), abs=1e-6)
-
-
-def test_with_half_of_the_labels_in_doubt_the_difference_is_drawn_to_the_margin():
-    at = lambda difference: preference_loss(torch.tensor([difference]), torch.zeros(1), torch.tensor([-1.5]), smoothing=0.5).item()
-    assert at(-1.5) == pytest.approx(math.log(2)) and at(-1.5) < min(at(-1.6), at(-1.4))
-
-
-def test_centring_adds_the_square_of_the_sum_of_both_scores():
-    plain, centred = (preference_loss(torch.tensor([2.0]), torch.tensor([1.0]), centering=c).item() for c in (0.0, 0.01))
-    assert centred - plain == pytest.approx(0.09, abs=1e-6)
 
 
 def test_ties_count_neither_as_right_nor_as_wrong():
-    assert compute_accuracy((np.array([[2, 1], [1, 2], [3, 0], [1, 1]]), None))["accuracy"] == pytest.approx(2 / 3)
-    assert compute_accuracy((np.ones((3, 2)), None))["accuracy"] == 0.5
+    accuracy = lambda rows: compute_accuracy((np.array(rows), None))["accuracy"]
+    assert accuracy([[2, 1], [1, 2], [3, 0], [1, 1]]) == pytest.approx(2 / 3)
+    assert accuracy([[1, 1], [1, 1], [1, 1]]) == 0.5
 
 
-# ------------------------------------------------------------------------------------------------ one pass, little padding
-@pytest.mark.parametrize("packing", [False, True])
-def test_every_token_stands_once_in_its_text_s_order(packing):
-    lengths = [n for both in zip(*LENGTHS) for n in both]
-    starts = np.cumsum([0, *lengths])
-    index, positions, real, ends, place = lay_out(lengths, packing)
-    assert sorted(index[real].tolist()) == list(range(sum(lengths)))
-    for text, n in enumerate(lengths):
-        row, slot = divmod(place[text].item(), ends.shape[1])
-        last = ends[row, slot].item()
-        assert index[row, last - n + 1:last + 1].tolist() == list(range(starts[text], starts[text] + n))
-        assert positions[row, last - n + 1:last + 1].tolist() == list(range(n))
-    assert positions.max() < max(lengths)
+# ------------------------------------------------------------------------ scores and gradients
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "qwen3", "gemma", "mistral", "t5", "bert"])
+def test_a_batch_gives_the_scores_loss_and_gradients_of_one_text_at_a_time(arch, make_trainer):
+    rows = pairs(end=[EOS] if arch == "t5" else [], margin=MARGINS)  # T5 reads the end token
+    trainer = make_trainer(arch, rows, label_smoothing_factor=0.1, center_rewards_coefficient=0.02)
+    model = trainer.model.eval()
+    grads = lambda: {name: p.grad.clone() for name, p in model.named_parameters()
+                     if p.grad is not None}
+    loss, out = trainer.compute_loss(model, batch_of(trainer), return_outputs=True)
+    loss.backward()
+    got = grads()
+
+    model.zero_grad()
+    scores = plain_scores(model, rows)
+    want = plain_losses(scores, torch.tensor(MARGINS), 0.1, 0.02).mean()
+    want.backward()
+    same_tensors(got, grads())
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    for side, row in zip(SIDES, scores.detach()):
+        torch.testing.assert_close(out[f"rewards_{side}"].detach(), row, rtol=1e-4, atol=1e-4)
 
 
-def test_texts_of_many_lengths_share_rows_so_that_little_is_padding():
-    draw = np.random.RandomState(0)
-    padded, packed = [], []
-    for _ in range(20):
-        lengths = draw.randint(32, 129, 16).tolist()
-        padded.append(lay_out(lengths, False)[0].numel() / sum(lengths))
-        packed.append(lay_out(lengths, True)[0].numel() / sum(lengths))
-    assert np.mean(padded) > 1.5 and np.mean(packed) < 1.15
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_two_sides_of_a_pair_end_next_to_each_other(packing):
-    lengths = [n for both in zip(*LENGTHS) for n in both]
-    _, _, _, ends, place = lay_out(lengths, packing)
-    rows, slots = place // ends.shape[1], place % ends.shape[1]
-    order = [text for _, _, text in sorted(zip(rows.tolist(), ends[rows, slots].tolist(), range(16)))]
-    assert all(abs(a - b) == 8 for a, b in zip(order[::2], order[1::2]))
-
-
-@pytest.mark.parametrize("arch", DECODERS)
-def test_packed_texts_are_scored_as_each_is_alone(arch, make_trainer):
-    trainer = make_trainer(arch)
-    assert trainer.packing
-    torch.testing.assert_close(rewards(trainer), alone(trainer.model, pairs()), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("arch", ("t5", "bert"))
-def test_classifiers_that_choose_their_own_token_are_padded(arch, make_trainer):
-    rows = pairs(end=[EOS])
-    trainer = make_trainer(arch, rows)
-    assert not trainer.packing
-    torch.testing.assert_close(rewards(trainer), alone(trainer.model, rows), rtol=1e-4, atol=1e-4)
-    before = losses(trainer) or trainer.train() and losses(trainer)
-    assert all(map(math.isfinite, before))
-
-
-def blind(model):
-    """The model, deaf to positions: texts that share a row see each other, as in a recurrent model."""
-    forward = model.model.forward
-    model.model.forward = lambda *args, position_ids=None, **kwargs: forward(*args, **kwargs)
-    return model
-
-
-def test_a_model_that_cannot_keep_texts_apart_is_found_out_and_padded(make_trainer):
-    trainer = make_trainer(blind(classifier("llama")))
-    assert not trainer.packing
-    torch.testing.assert_close(rewards(trainer), alone(trainer.model, pairs()), rtol=1e-4, atol=1e-4)
-
-
-def test_both_sides_go_through_the_model_once(make_trainer):
+def test_both_sides_go_through_the_model_in_one_forward_pass(make_trainer):
     trainer, calls = make_trainer(gradient_accumulation_steps=2, max_steps=1), []
     trainer.model.register_forward_pre_hook(lambda *args: calls.append(1))
     trainer.train()
     assert len(calls) == 2  # two micro-batches
 
 
-def test_what_moves_all_scores_alike_gets_no_gradient_at_all(make_trainer):
-    """A gradient of nothing but rounding would be made whole steps of by Adam."""
-    trainer = make_trainer()
-    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
-    assert trainer.model.transformer.ln_f.bias.grad.abs().max() == 0
-    assert trainer.model.transformer.ln_f.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("arch", DECODERS)
-def test_a_score_is_read_at_the_last_token_even_if_the_end_token_is_the_padding(arch, make_trainer, make_tokenizer):
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_score_is_read_at_the_last_token_even_if_the_end_token_is_the_padding(
+        arch, make_trainer, make_tokenizer):
     rows = pairs(end=[EOS])
     want = alone(classifier(arch), rows)  # whose padding is another token
     trainer = make_trainer(arch, rows, tokenizer=make_tokenizer(pad_token="</s>"))
     torch.testing.assert_close(rewards(trainer), want, rtol=1e-4, atol=1e-4)
 
 
-def test_chats_that_differ_after_the_first_end_token_differ_in_score(make_trainer, make_tokenizer):
-    row = {"input_ids_chosen": [5, EOS, 6, EOS], "input_ids_rejected": [5, EOS, 9, EOS]}
-    rows = Dataset.from_list([{**row, "attention_mask_chosen": [1] * 4, "attention_mask_rejected": [1] * 4}])
-    (chosen,), (rejected,) = rewards(make_trainer(classifier(pad_token_id=EOS), rows, tokenizer=make_tokenizer(pad_token="</s>")))
+def test_what_stands_after_the_first_end_token_counts(make_trainer, make_tokenizer):
+    rows = token_rows(([5, EOS, 6, EOS], [5, EOS, 9, EOS]))
+    trainer = make_trainer(classifier(pad_token_id=EOS), rows,
+                           tokenizer=make_tokenizer(pad_token="</s>"))
+    (chosen,), (rejected,) = rewards(trainer)
     assert abs(chosen - rejected) > 1e-3
 
 
 def test_the_side_of_the_padding_changes_no_score(make_trainer, make_tokenizer):
-    left = lambda rows: {key: value.flip(1) if "mask" in key else value for key, value in to_the_left(rows).items()}
+    tokenizer = make_tokenizer()
 
-    def to_the_left(rows):
-        batch = RewardDataCollatorWithPadding(make_tokenizer())(rows)
-        for side in reward.SIDES:
-            batch[f"input_ids_{side}"] = torch.stack([row.roll(int((mask == 0).sum())) for row, mask in zip(
-                batch[f"input_ids_{side}"], batch[f"attention_mask_{side}"])])
-        return {key: value for key, value in batch.items() if key != "return_loss"}
+    def on_the_left(rows):
+        batch = RewardDataCollatorWithPadding(tokenizer)(rows)
+        for side in SIDES:
+            masks = batch[f"attention_mask_{side}"]
+            shifts = (masks == 0).sum(1).tolist()
+            for kind in ("input_ids", "attention_mask"):
+                batch[f"{kind}_{side}"] = torch.stack(
+                    [row.roll(n) for row, n in zip(batch[f"{kind}_{side}"], shifts)])
+        return batch
 
     want = rewards(make_trainer())
-    torch.testing.assert_close(rewards(make_trainer(tokenizer=make_tokenizer(padding_side="left"))), want)
-    torch.testing.assert_close(rewards(make_trainer(data_collator=left)), want)
+    left = make_trainer(data_collator=on_the_left)
+    assert batch_of(left)["input_ids_chosen"][0, 0] == PAD
+    same = dict(rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rewards(left), want, **same)
+    other = make_trainer(tokenizer=make_tokenizer(padding_side="left"))
+    torch.testing.assert_close(rewards(other), want, **same)
 
 
-# ------------------------------------------------------------------------------------------------ rows and batches
+def test_a_model_in_half_precision_is_compared_in_float32(make_trainer):
+    """With large scores whose differences bfloat16 would round away."""
+    model = classifier("llama")
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    trainer = make_trainer(model.bfloat16(), pairs(margin=MARGINS))
+    scores = rewards(trainer)
+    loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert scores.dtype == loss.dtype == torch.float32
+    want = plain_losses(scores, torch.tensor(MARGINS)).mean().item()
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ rows and batches
 def test_a_batch_is_padded_on_the_right_to_its_longest_text(tokenizer):
-    batch = RewardDataCollatorWithPadding(tokenizer)(list(pairs(((2, 1), (1, 3)), margin=[1, 0.5])))
-    assert batch["input_ids_chosen"].shape == (2, 2) and batch["input_ids_rejected"].shape == (2, 3)
+    rows = token_rows(([7, 8], [9]), ([5], [4, 6, 5]), margin=[1, 0.5])
+    batch = RewardDataCollatorWithPadding(tokenizer)(list(rows))
+    assert batch["input_ids_chosen"].tolist() == [[7, 8], [5, PAD]]
+    assert batch["input_ids_rejected"].tolist() == [[9, PAD, PAD], [4, 6, 5]]
+    assert batch["attention_mask_chosen"].tolist() == [[1, 1], [1, 0]]
     assert batch["attention_mask_rejected"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert batch["input_ids_chosen"][1, 1] == PAD and batch["margin"].tolist() == [1, 0.5]
+    assert batch["margin"].tolist() == [1, 0.5] and batch["margin"].dtype == torch.float32
 
 
-def test_the_collator_s_widths(tokenizer):
-    width = lambda **kwargs: RewardDataCollatorWithPadding(tokenizer, **kwargs)(list(pairs(((5, 6),))))["input_ids_chosen"].shape[1]
-    assert [width(), width(max_length=3), width(pad_to_multiple_of=4), width(padding="max_length", max_length=9)] == [5, 3, 8, 9]
+@pytest.mark.parametrize("kwargs,want", [
+    ({}, [5, 6, 7, 8, 9]), ({"max_length": 3}, [5, 6, 7]), ({"max_length": 8}, [5, 6, 7, 8, 9]),
+    ({"pad_to_multiple_of": 4}, [5, 6, 7, 8, 9] + [PAD] * 3),
+    ({"pad_to_multiple_of": 5}, [5, 6, 7, 8, 9]),
+    ({"padding": "max_length", "max_length": 7}, [5, 6, 7, 8, 9, PAD, PAD])])
+def test_the_width_of_a_batch(kwargs, want, tokenizer):
+    batch = RewardDataCollatorWithPadding(tokenizer, **kwargs)(
+        list(token_rows(([5, 6, 7, 8, 9], [4]))))
+    assert batch["input_ids_chosen"].tolist() == [want]
+    assert batch["attention_mask_chosen"].tolist() == [[int(token != PAD) for token in want]]
 
 
 @pytest.mark.parametrize("wrong", [{"padding": False}, {"return_tensors": "np"}])
 def test_the_collator_refuses_what_it_cannot_do(wrong, tokenizer):
-    with pytest.raises(InputError, match="padded torch tensors"):
+    (name, value), = wrong.items()
+    with pytest.raises(InputError, match=f"{name}={value!r}"):
         RewardDataCollatorWithPadding(tokenizer, **wrong)
 
 
 def test_the_collator_names_the_column_that_a_row_lacks(tokenizer):
     row = {key: value for key, value in pairs()[0].items() if key != "input_ids_rejected"}
-    with pytest.raises(InputError, match="lacks input_ids_rejected"):
+    with pytest.raises(InputError, match="input_ids_rejected"):
         RewardDataCollatorWithPadding(tokenizer)([row])
 
 
 def tokens(rows, make_trainer, **kwargs):
+    """The token ids that the trainer makes of rows."""
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return [[row[f"input_ids_{side}"] for side in reward.SIDES] for row in make_trainer(rows=rows, **kwargs).train_dataset]
+    dataset = make_trainer(rows=rows, **kwargs).train_dataset
+    assert all(row[f"attention_mask_{side}"] == [1] * len(row[f"input_ids_{side}"])
+               for row in dataset for side in SIDES)
+    return [[row[f"input_ids_{side}"] for side in SIDES] for row in dataset]
 
 
 def test_texts_are_answers_to_a_prompt_or_stand_alone(make_trainer):
     answers = [{"prompt": "w4 w5", "chosen": " w6", "rejected": " w7", "id": 3}]
     texts = [{"chosen": "w4 w5 w6", "rejected": "w4 w5 w7"}]
-    assert tokens(answers, make_trainer) == tokens(texts, make_trainer) == [[[4, 5, 6], [4, 5, 7]]]
+    want = [[[4, 5, 6], [4, 5, 7]]]
+    assert tokens(answers, make_trainer) == tokens(texts, make_trainer) == want
 
 
 @pytest.fixture
@@ -319,227 +351,319 @@ def turns(*contents, first="user"):
     return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def test_chats_go_through_the_template_however_the_prompt_is_given(make_trainer, chat_tokenizer):
+ANSWERS = {"chosen": turns("w5", first="assistant"), "rejected": turns("w6", first="assistant")}
+WHOLE = {"chosen": turns("w4", "w5"), "rejected": turns("w4", "w6")}
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "w4", **ANSWERS}, {"prompt": turns("w4"), **ANSWERS}, {"prompt": "w4", **WHOLE},
+    WHOLE], ids=["prompt_is_text", "prompt_is_chat", "prompt_stands_in_both", "no_prompt"])
+def test_chats_go_through_the_template_however_the_prompt_is_given(
+        row, make_trainer, chat_tokenizer):
     want = [[[BOS, 4, EOS, BOS, 5, EOS], [BOS, 4, EOS, BOS, 6, EOS]]]
-    answer = lambda word: turns(word, first="assistant")
-    whole = [{"prompt": "w4", "chosen": turns("w4", "w5"), "rejected": turns("w4", "w6")}]
-    for prompt in ("w4", turns("w4")):
-        parts = [{"prompt": prompt, "chosen": answer("w5"), "rejected": answer("w6")}]
-        assert tokens(parts, make_trainer, tokenizer=chat_tokenizer) == want
-    assert tokens(whole, make_trainer, tokenizer=chat_tokenizer) == want
+    assert tokens([row], make_trainer, tokenizer=chat_tokenizer) == want
 
 
-def test_max_length_cuts_texts_tokens_and_chats(make_trainer, chat_tokenizer):
+def test_answers_of_the_assistant_may_come_without_a_prompt(make_trainer, chat_tokenizer):
+    want = [[[BOS, 5, EOS], [BOS, 6, EOS]]]
+    assert tokens([ANSWERS], make_trainer, tokenizer=chat_tokenizer) == want
+
+
+def test_max_length_keeps_the_first_tokens_of_texts_token_ids_and_chats(
+        make_trainer, chat_tokenizer):
     texts = [{"prompt": "w4 ", "chosen": "w5 w6 w7", "rejected": "w8 w9"}]
     chats = [{"chosen": turns("w4 w5 w6"), "rejected": turns("w7")}]
     assert tokens(texts, make_trainer, max_length=3) == [[[4, 5, 6], [4, 8, 9]]]
-    assert tokens(chats, make_trainer, max_length=2, tokenizer=chat_tokenizer) == [[[BOS, 4], [BOS, 7]]]
-    trainer = make_trainer(max_length=3)
-    assert batch_of(trainer)["input_ids_chosen"].shape == (8, 3)
+    assert tokens(chats, make_trainer, max_length=2, tokenizer=chat_tokenizer) == [
+        [[BOS, 4], [BOS, 7]]]
+    batch = batch_of(make_trainer(rows=token_rows(([5, 6, 7, 8], [9])), max_length=3))
+    assert batch["input_ids_chosen"].tolist() == [[5, 6, 7]]
 
 
-def test_a_text_is_never_longer_than_tokenizer_and_model_take(make_trainer, make_tokenizer):
-    assert make_trainer().max_length == 64 and make_trainer(max_length=100).max_length == 64
-    short = make_tokenizer()
-    short.model_max_length = 9
-    assert make_trainer(tokenizer=short).max_length == 9
-    trainer = make_trainer(rows=pairs(((90, 80),)), max_steps=1)
+@pytest.mark.parametrize("tokenizer_s,model_s,given,want", [
+    (64, 64, None, 64), (64, 64, 100, 64), (9, 64, None, 9), (64, 32, None, 32),
+    (10**30, 32, 50, 32), (64, 32, 20, 20)])
+def test_a_text_is_cut_to_what_tokenizer_model_and_max_length_allow(
+        tokenizer_s, model_s, given, want, make_trainer, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = tokenizer_s
+    trainer = make_trainer(classifier(n_positions=model_s), pairs(((90, 80),)), max_steps=1,
+                           tokenizer=tokenizer, max_length=given)
+    assert batch_of(trainer)["input_ids_chosen"].shape == (1, want)
     trainer.train()  # no position beyond the model's
+    text = " ".join(f"w{4 + i % 90}" for i in range(120))
+    rows = Dataset.from_list([{"chosen": text, "rejected": "w8 " + text}])
+    trainer = make_trainer(classifier(n_positions=model_s), rows, tokenizer=tokenizer,
+                           max_length=given)
+    assert len(trainer.train_dataset[0]["input_ids_chosen"]) == want
 
 
-def test_pairs_that_do_not_differ_are_left_out_and_counted(make_trainer, capsys):
-    rows = [{"chosen": "w4 w5 w6", "rejected": "w4 w5 w7"}, {"chosen": "w8", "rejected": "w9"}, {"chosen": "", "rejected": "w9"}]
-    assert tokens(rows, make_trainer, max_length=2) == [[[8], [9]]]
-    assert "2 of 3 pairs of the training data set are left out" in capsys.readouterr().out
+def test_pairs_whose_sides_are_equal_or_empty_are_left_out_and_counted(make_trainer, capsys):
+    rows = [{"chosen": "w4 w5 w6", "rejected": "w4 w5 w7"}, {"chosen": "w8", "rejected": "w9"},
+            {"chosen": "", "rejected": "w9"}, {"chosen": "w9", "rejected": ""},
+            {"chosen": "w8 w9", "rejected": "w8"}]
+    assert tokens(rows, make_trainer, max_length=2) == [[[8], [9]], [[8, 9], [8]]]
+    out = capsys.readouterr().out
+    assert "3 of 5 pairs" in out and "training" in out and "2 tokens" in out
+    assert tokens(rows[1:2], make_trainer) == [[[8], [9]]] and not capsys.readouterr().out
+
+
+def test_token_ids_that_are_equal_once_they_are_cut_are_left_out(make_trainer):
+    rows = token_rows(([4, 5, 6], [4, 5, 7]), ([8, 9, 9], [8, 7, 9]))
+    assert tokens(rows, make_trainer, max_length=2) == [[[8, 9, 9], [8, 7, 9]]]
 
 
 def test_other_columns_are_kept_from_the_model_and_margin_is_not(make_trainer):
     texts = Dataset.from_list([{"chosen": "w4", "rejected": "w5", "margin": 2, "id": "a"}])
-    assert sorted(make_trainer(rows=texts).train_dataset.column_names) == sorted([*COLUMNS, "margin"])
+    columns = make_trainer(rows=texts).train_dataset.column_names
+    assert sorted(columns) == sorted([*COLUMNS, "margin"])
     with pytest.warns(UserWarning, match="remove_unused_columns"):
-        trainer = make_trainer(rows=pairs(id=range(8), margin=[0.5] * 8), remove_unused_columns=True)
-    assert set(next(iter(trainer.get_train_dataloader()))) == {*COLUMNS, "margin", "return_loss"}
+        trainer = make_trainer(rows=pairs(id=range(8), margin=[0.5] * 8),
+                               remove_unused_columns=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert {*COLUMNS, "margin"} <= set(batch) and "id" not in batch
 
 
-def test_a_stream_is_read_as_it_comes(make_trainer):
-    def rows():
-        yield from ({"chosen": f"w{i} w5", "rejected": f"w{i + 1} w6"} for i in range(4, 30))
+def test_a_stream_trains_as_the_same_rows_in_a_list_do(make_trainer):
+    rows = [{"chosen": f"w{i} w5", "rejected": f"w{i + 1} w6"} for i in range(4, 30)]
+    stream = make_trainer(rows=IterableDataset.from_generator(lambda: iter(rows)))
+    listed = make_trainer(rows=Dataset.from_list(rows))
+    for trainer in (stream, listed):
+        trainer.train()
+    assert len(losses(stream)) == 2
+    assert losses(stream) == pytest.approx(losses(listed), rel=1e-5)
 
-    trainer = make_trainer(rows=IterableDataset.from_generator(rows))
-    trainer.train()
-    assert len(losses(trainer)) == 2
 
-
-def test_several_processes_tokenise_alike(make_trainer):
+def test_several_processes_tokenize_alike(make_trainer):
     rows = [{"chosen": f"w{i} w5", "rejected": f"w{i} w6"} for i in range(4, 12)]
     assert tokens(rows, make_trainer, dataset_num_proc=2) == tokens(rows, make_trainer)
 
 
-def test_a_text_is_scored_in_training_as_by_the_saved_model(make_trainer, tmp_path):
-    rows = [{"prompt": "w4 w5 ", "chosen": "w6 w7 w8", "rejected": "w9"}, {"prompt": "w10 ", "chosen": "w11", "rejected": "w12 w13"}]
-    trainer = make_trainer(rows=Dataset.from_list(rows))
-    trainer.train()
-    trainer.save_model(tmp_path / "saved")
-    texts = [row["prompt"] + row[side] for side in reward.SIDES for row in rows]
-    scores = torch.stack(load_reward(tmp_path / "saved")(texts))
-    torch.testing.assert_close(rewards(trainer).flatten(), scores, rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------ the configuration
+# ----------------------------------------------------------------------------- the configuration
 TRANSLATED = {  # old field, a value -> today's field, its value
-    "evaluation_strategy": ("steps", "eval_strategy", "steps"), "per_gpu_train_batch_size": (3, "per_device_train_batch_size", 3),
-    "per_gpu_eval_batch_size": (5, "per_device_eval_batch_size", 5), "warmup_ratio": (0.1, "warmup_steps", 0.1),
-    "no_cuda": (True, "use_cpu", True), "tpu_metrics_debug": (True, "debug", ["tpu_metrics_debug"]),
+    "evaluation_strategy": ("steps", "eval_strategy", "steps"),
+    "per_gpu_train_batch_size": (3, "per_device_train_batch_size", 3),
+    "per_gpu_eval_batch_size": (5, "per_device_eval_batch_size", 5),
+    "warmup_ratio": (0.1, "warmup_steps", 0.1), "no_cuda": (True, "use_cpu", True),
+    "tpu_metrics_debug": (True, "debug", ["tpu_metrics_debug"]),
     "fsdp_min_num_params": (7, "fsdp_config", {"min_num_params": 7}),
-    "fsdp_transformer_layer_cls_to_wrap": ("GPT2Block", "fsdp_config", {"transformer_layer_cls_to_wrap": "GPT2Block"}),
-    "adafactor": (True, "optim", "adafactor"), "group_by_length": (True, "train_sampling_strategy", "group_by_length"),
-    "include_inputs_for_metrics": (True, "include_for_metrics", ["inputs"]), "push_to_hub_model_id": ("me/it", "hub_model_id", "me/it"),
-    "push_to_hub_token": ("t", "hub_token", "t"), "torchdynamo": ("inductor", "torch_compile_backend", "inductor"),
+    "fsdp_transformer_layer_cls_to_wrap": (
+        "GPT2Block", "fsdp_config", {"transformer_layer_cls_to_wrap": "GPT2Block"}),
+    "adafactor": (True, "optim", "adafactor"),
+    "group_by_length": (True, "train_sampling_strategy", "group_by_length"),
+    "include_inputs_for_metrics": (True, "include_for_metrics", ["inputs"]),
+    "push_to_hub_model_id": ("me/it", "hub_model_id", "me/it"),
+    "push_to_hub_token": ("t", "hub_token", "t"),
+    "torchdynamo": ("inductor", "torch_compile_backend", "inductor"),
     "dispatch_batches": (True, "accelerator_config", {"dispatch_batches": True}),
     "split_batches": (True, "accelerator_config", {"split_batches": True}),
     "include_tokens_per_second": (True, "include_num_input_tokens_seen", "all")}
-REFUSED = {"overwrite_output_dir": (True, "remove the folder"), "logging_dir": ("x", "TENSORBOARD_LOGGING_DIR"), "save_safetensors": (False, "safetensors"),
-           "use_mps_device": (True, "use_cpu"), "jit_mode_eval": (True, "torch_compile"), "use_ipex": (True, "torch_compile"),
-           "fp16_opt_level": ("O2", "bf16"), "half_precision_backend": ("apex", "bf16"), "tpu_num_cores": (8, "torch_xla"),
-           "past_index": (0, "leave it out"), "use_legacy_prediction_loop": (True, "leave it out"), "fp16_backend": ("apex", "bf16"),
-           "push_to_hub_organization": ("o", "hub_model_id"), "mp_parameters": ("x", "fsdp"), "ray_scope": ("all", "RAY_SCOPE")}
+REFUSED = {
+    "overwrite_output_dir": True, "logging_dir": "x", "save_safetensors": False,
+    "use_mps_device": True, "jit_mode_eval": True, "use_ipex": True, "fp16_opt_level": "O2",
+    "half_precision_backend": "apex", "tpu_num_cores": 8, "past_index": 0,
+    "use_legacy_prediction_loop": True, "fp16_backend": "apex", "push_to_hub_organization": "o",
+    "mp_parameters": "x", "ray_scope": "all"}
 
 
-def test_every_retired_field_has_a_row_here():
-    assert set(TRANSLATED) | set(REFUSED) == set(RETIRED) and len(RETIRED) == 32
-    assert not set(RETIRED) & {f.name for f in dataclasses.fields(TrainingArguments)}
+def test_the_retired_fields_of_trl_0_7_10_are_all_covered_here():
+    names = {field.name for field in dataclasses.fields(RewardConfig)}
+    today = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert len(TRANSLATED) + len(REFUSED) == 32
+    assert {*TRANSLATED, *REFUSED} <= names - today
 
 
 @pytest.mark.parametrize("old", TRANSLATED)
 def test_a_retired_field_means_what_it_meant(old, tmp_path):
     value, new, want = TRANSLATED[old]
     got = getattr(RewardConfig(output_dir=str(tmp_path), eval_steps=1, **{old: value}), new)
-    got = {key: getattr(got, key) if not isinstance(got, dict) else got[key] for key in want} if isinstance(want, dict) else got
-    assert got == want
+    if isinstance(want, dict):
+        (key,), got = want, got if isinstance(got, dict) else vars(got)
+        assert got[key] == want[key]
+    else:
+        assert got == want
+
+
+def test_torchdynamo_compiles(tmp_path):
+    assert RewardConfig(output_dir=str(tmp_path), torchdynamo="eager").torch_compile
 
 
 @pytest.mark.parametrize("old", REFUSED)
-def test_a_retired_field_that_can_mean_nothing_is_refused_with_what_to_use(old):
-    value, instead = REFUSED[old]
-    with pytest.raises(InputError, match=f"{old}={value!r} can mean nothing.*{instead}"):
-        RewardConfig(output_dir="x", **{old: value})
+def test_a_retired_field_without_a_meaning_is_refused(old):
+    with pytest.raises(InputError, match=f"{old}={REFUSED[old]!r}"):
+        RewardConfig(output_dir="x", **{old: REFUSED[old]})
 
 
-def test_a_retired_field_and_today_s_must_not_contradict():
-    with pytest.raises(InputError, match="evaluation_strategy .* eval_strategy='epoch'"):
+@pytest.mark.parametrize("field", [
+    "fsdp_config", "accelerator_config", "warmup_steps", "optim", "per_device_train_batch_size"])
+def test_a_retired_field_s_default_leaves_today_s_field_alone(field, tmp_path):
+    given = {"fsdp_config": {"min_num_params": 5}, "accelerator_config": {"split_batches": True},
+             "warmup_steps": 3, "optim": "sgd", "per_device_train_batch_size": 2}[field]
+    got = getattr(RewardConfig(output_dir=str(tmp_path), **{field: given}), field)
+    if isinstance(given, dict):
+        (key, value), got = *given.items(), got if isinstance(got, dict) else vars(got)
+        assert got[key] == value
+    else:
+        assert got == given
+
+
+def test_a_retired_field_and_today_s_must_not_contradict(tmp_path):
+    with pytest.raises(InputError, match="evaluation_strategy.*'epoch'"):
         RewardConfig(output_dir="x", evaluation_strategy="steps", eval_strategy="epoch")
-    RewardConfig(output_dir="x", evaluation_strategy="epoch", eval_strategy="epoch")
-    both = RewardConfig(output_dir="x", dispatch_batches=False, split_batches=True).accelerator_config
-    assert (both.dispatch_batches, both.split_batches) == (False, True)
+    with pytest.raises(InputError, match="fsdp_min_num_params.*fsdp.json"):
+        RewardConfig(output_dir="x", fsdp_min_num_params=3, fsdp_config="fsdp.json")
+    both = RewardConfig(output_dir=str(tmp_path), evaluation_strategy="epoch",
+                        eval_strategy="epoch", dispatch_batches=False, split_batches=True)
+    assert both.eval_strategy == "epoch"
+    joined = both.accelerator_config
+    assert (joined.dispatch_batches, joined.split_batches) == (False, True)
 
 
-def test_the_defaults_say_nothing_that_warns(tmp_path):
+def test_the_defaults_warn_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = RewardConfig(output_dir=str(tmp_path))
         assert RewardConfig(output_dir=str(tmp_path), report_to=None).report_to == []
-    assert config.gradient_checkpointing and config.activation_checkpointing and config.max_length is None
-    assert RewardConfig(output_dir=str(tmp_path), gradient_checkpointing=False).activation_checkpointing is False
+    assert config.gradient_checkpointing and config.max_length is None and config.report_to == []
+
+
+def test_gradient_checkpointing_goes_by_both_of_its_names(tmp_path):
+    make = lambda **fields: RewardConfig(output_dir=str(tmp_path), **fields)
+    kwargs = {"use_reentrant": True}
+    assert make().activation_checkpointing is True
+    assert make(gradient_checkpointing=False).activation_checkpointing is False
+    assert make(gradient_checkpointing_kwargs=kwargs).activation_checkpointing_kwargs == kwargs
+    today = make(activation_checkpointing=False, activation_checkpointing_kwargs=kwargs)
+    assert today.activation_checkpointing is False
+    assert today.activation_checkpointing_kwargs == kwargs
 
 
 def test_a_config_may_be_made_from_arguments_and_again_from_itself(tmp_path):
     (config,) = HfArgumentParser(RewardConfig).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--evaluation_strategy", "epoch", "--max_length", "7", "--gradient_checkpointing", "False"])
-    assert (config.eval_strategy, config.max_length, config.gradient_checkpointing) == ("epoch", 7, False)
+        ["--output_dir", str(tmp_path), "--evaluation_strategy", "epoch", "--max_length", "7",
+         "--gradient_checkpointing", "False"])
+    assert (config.eval_strategy, config.max_length, config.gradient_checkpointing) == (
+        "epoch", 7, False)
     assert dataclasses.replace(config, learning_rate=1e-3).eval_strategy == "epoch"
 
 
-@pytest.mark.parametrize("wrong,told", [({"max_length": 0}, "max_length=0 leaves nothing"),
-                                        ({"label_smoothing_factor": 0.6}, "label_smoothing_factor=0.6")])
-def test_a_wrong_number_is_told_at_once(wrong, told):
-    with pytest.raises(InputError, match=told):
-        RewardConfig(output_dir="x", **wrong)
+@pytest.mark.parametrize("name,value", [
+    ("max_length", 0), ("label_smoothing_factor", 0.51), ("label_smoothing_factor", -0.01)])
+def test_a_number_out_of_range_is_refused_at_once(name, value):
+    with pytest.raises(InputError, match=f"{name}={value}"):
+        RewardConfig(output_dir="x", **{name: value})
 
 
-# ------------------------------------------------------------------------------------------------ bad input
-@pytest.mark.parametrize("rows,told", [
-    ([{"question": "w4", "answer": "w5"}], "it needs chosen and rejected"),
-    ([{"chosen": "w4", "prompt": "w5"}], "it needs chosen and rejected"),
-    ([{"input_ids_chosen": [4], "input_ids_rejected": [5]}], "it needs chosen and rejected"),
-    ([{"chosen": [{"role": "user", "content": "w4"}], "rejected": [{"role": "user", "content": "w5"}]}], "no chat template"),
-    ([{"chosen": "w4 w5", "rejected": "w4 w6"}], "none has two different sides after their first 1 tokens"),
-])
-def test_rows_that_cannot_be_learnt_from_are_told_before_training(rows, told, make_trainer):
-    with pytest.raises(ValueError, match=told) as error:
+def test_the_largest_and_least_smoothing_are_accepted(tmp_path):
+    for value in (0, 0.5):
+        assert RewardConfig(output_dir=str(tmp_path), label_smoothing_factor=value,
+                            max_length=1).label_smoothing_factor == value
+
+
+# ------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("rows,names", [
+    ([{"question": "w4", "answer": "w5"}], "question.*chosen"),
+    ([{"chosen": "w4", "prompt": "w5"}], "prompt.*rejected"),
+    ([{"input_ids_chosen": [4], "input_ids_rejected": [5]}], "attention_mask_chosen"),
+    ([{"chosen": turns("w4"), "rejected": turns("w5")}], "chat_template"),
+    ([{"chosen": "w4 w5", "rejected": "w4 w6"}], "max_length"),
+], ids=["other_names", "one_side", "no_masks", "chats_without_template", "equal_once_cut"])
+def test_rows_that_cannot_be_trained_on_are_refused_before_training(rows, names, make_trainer):
+    with pytest.raises(ValueError, match=names) as error:
         make_trainer(rows=Dataset.from_list(rows), max_length=1)
     assert isinstance(error.value, InputError) and "\n" not in str(error.value)
 
 
-def test_an_empty_data_set_is_told(make_trainer):
-    with pytest.raises(InputError, match="the training data set is empty"):
+def test_an_empty_dataset_is_refused(make_trainer):
+    with pytest.raises(InputError, match="training"):
         make_trainer(rows=pairs().select([]))
+    with pytest.raises(InputError, match="evaluation"):
+        make_trainer(eval_dataset=pairs().select([]))
 
 
-def test_a_head_of_two_labels_is_told(make_trainer):
-    with pytest.raises(InputError, match="2 labels .* num_labels=1"):
+def test_a_head_of_two_labels_is_refused(make_trainer):
+    with pytest.raises(InputError, match="num_labels=1"):
         make_trainer(classifier(num_labels=2))
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end_token_and_else_is_told(make_trainer, make_tokenizer):
+def test_a_tokenizer_without_padding_pads_with_its_end_token(make_trainer, make_tokenizer):
     bare = make_tokenizer(pad_token=None)
     trainer = make_trainer(classifier(pad_token_id=None), tokenizer=bare)
-    assert bare.pad_token is None and trainer.tokenizer.pad_token == "</s>" and trainer.model.config.pad_token_id == EOS
+    assert bare.pad_token is None and trainer.tokenizer.pad_token == "</s>"
     trainer.train()
-    with pytest.raises(InputError, match="set tokenizer.pad_token"):
+
+
+def test_a_tokenizer_that_cannot_pad_or_is_not_there_is_refused(make_trainer, make_tokenizer):
+    with pytest.raises(InputError, match="pad_token"):
         make_trainer(tokenizer=make_tokenizer(pad_token=None, eos_token=None))
-    with pytest.raises(InputError, match="pass tokenizer="):
+    with pytest.raises(InputError, match="tokenizer"):
         make_trainer(tokenizer=None)
 
 
-def test_two_adapters_and_two_lengths_are_told(make_trainer):
+def test_two_adapters_are_refused(make_trainer):
     from peft import get_peft_model
-    with pytest.raises(InputError, match="has an adapter already"):
+    with pytest.raises(InputError, match="peft_config"):
         make_trainer(get_peft_model(classifier(), lora(task_type="SEQ_CLS")), peft_config=lora())
-    with pytest.raises(InputError, match="give it once"):
-        RewardTrainer(classifier(), RewardConfig(output_dir="x", max_length=3), tokenizer=make_trainer().tokenizer, max_length=4)
 
 
-def test_a_text_without_tokens_is_told(make_trainer):
+def test_two_maximum_lengths_are_refused_unless_they_are_equal(tokenizer, make_args):
+    make = lambda n: RewardTrainer(classifier(), make_args(max_length=3), tokenizer=tokenizer,
+                                   train_dataset=pairs(), max_length=n)
+    with pytest.raises(InputError, match="max_length=4.*3"):
+        make(4)
+    assert batch_of(make(3))["input_ids_chosen"].shape == (8, 3)
+
+
+def test_a_text_without_tokens_is_refused(make_trainer):
     trainer = make_trainer()
     batch = batch_of(trainer)
     batch["attention_mask_chosen"][2] = 0
-    with pytest.raises(InputError, match="no token"):
+    with pytest.raises(InputError, match="token"):
         trainer.compute_loss(trainer.model, batch)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_a_weight_moves(make_trainer, weights, moved):
+def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_moves(
+        make_trainer, weights, moved):
     model = classifier()
     torch.nn.init.constant_(model.score.weight, float("nan"))
     before = weights(model)
-    with pytest.raises(InputError, match="the loss is nan"):
+    with pytest.raises(InputError, match="nan"):
         make_trainer(model).train()
     assert moved(before, model) <= {"score.weight"}  # nan != nan
 
 
-# ------------------------------------------------------------------------------------------------ the trainer's arguments
-def test_the_documented_arguments_stand_in_their_order():
+# ------------------------------------------------------------------------ the trainer's arguments
+def test_the_documented_arguments_come_in_their_order():
     assert list(inspect.signature(RewardTrainer).parameters)[:13] == [
-        "model", "args", "data_collator", "train_dataset", "eval_dataset", "tokenizer", "model_init", "compute_metrics", "callbacks",
-        "optimizers", "preprocess_logits_for_metrics", "max_length", "peft_config"]
+        "model", "args", "data_collator", "train_dataset", "eval_dataset", "tokenizer",
+        "model_init", "compute_metrics", "callbacks", "optimizers",
+        "preprocess_logits_for_metrics", "max_length", "peft_config"]
 
 
-def test_args_may_be_left_out_or_be_transformers_own(tokenizer, tmp_path, monkeypatch):
+def test_args_may_be_left_out(tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="remove_unused_columns"):
         trainer = RewardTrainer(classifier(), tokenizer=tokenizer, train_dataset=pairs())
     assert trainer.args.gradient_checkpointing and trainer.args.learning_rate == 5e-5
-    args = TrainingArguments("out", remove_unused_columns=False, use_cpu=True, max_steps=1, disable_tqdm=True)
-    trainer = RewardTrainer(classifier(), args, tokenizer=tokenizer, train_dataset=pairs(), max_length=4)
-    assert trainer.max_length == 4 and math.isfinite(trainer.train().training_loss)
 
 
-def test_the_tokenizer_may_be_given_under_today_s_name(make_trainer, tokenizer):
+def test_args_may_be_those_of_transformers(tokenizer, tmp_path):
+    args = TrainingArguments(str(tmp_path), remove_unused_columns=False, use_cpu=True, max_steps=1,
+                             disable_tqdm=True)
+    trainer = RewardTrainer(classifier(), args, tokenizer=tokenizer, train_dataset=pairs(),
+                            max_length=4)
+    assert batch_of(trainer)["input_ids_chosen"].shape == (8, 4)
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_the_tokenizer_may_be_given_as_processing_class(make_trainer, tokenizer):
     trainer = make_trainer(tokenizer=None, processing_class=tokenizer)
     assert trainer.tokenizer is tokenizer and trainer.processing_class is tokenizer
 
 
 def test_model_init_makes_the_model_and_its_adapter_when_training_begins(make_trainer):
-    trainer = make_trainer(None, model_init=lambda: classifier(pad_token_id=None), peft_config=lora())
+    init = lambda: classifier(pad_token_id=None)
+    trainer = make_trainer(None, model_init=init, peft_config=lora())
     trainer.train()
     assert trainer.model.config.pad_token_id == PAD and hasattr(trainer.model, "peft_config")
 
@@ -547,85 +671,143 @@ def test_model_init_makes_the_model_and_its_adapter_when_training_begins(make_tr
 def test_every_other_argument_reaches_trainer(make_trainer):
     seen = []
 
-    class Callback(transformers.TrainerCallback):
+    class Callback(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             seen.append("step")
 
     model = classifier()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = make_trainer(model, callbacks=[Callback()], optimizers=(optimizer, None), eval_dataset=pairs(),
-                           compute_metrics=lambda p: {"shape": float(p.predictions.shape[1])},
-                           preprocess_logits_for_metrics=lambda logits, labels: logits[:, :1])
+    trainer = make_trainer(
+        model, callbacks=[Callback()], optimizers=(optimizer, None), eval_dataset=pairs(),
+        compute_metrics=lambda p: {"shape": float(p.predictions.shape[1])},
+        preprocess_logits_for_metrics=lambda logits, labels: logits[:, :1])
     trainer.train()
     assert seen == ["step", "step"] and trainer.optimizer.optimizer is optimizer
     assert trainer.evaluate()["eval_shape"] == 1
 
 
 def test_nothing_that_was_given_is_changed(make_args, make_tokenizer):
-    args, tokenizer, rows, peft_config = make_args(remove_unused_columns=True), make_tokenizer(padding_side="left"), pairs(), lora()
-    before = [copy.deepcopy(x) for x in (args.to_dict(), tokenizer.padding_side, tokenizer.pad_token, rows[:], peft_config)]
+    args, tokenizer = make_args(remove_unused_columns=True), make_tokenizer(padding_side="left")
+    rows, peft_config = pairs(), lora()
+    state = lambda: copy.deepcopy(
+        [args.to_dict(), tokenizer.padding_side, tokenizer.pad_token, rows[:], peft_config])
+    before = state()
     with pytest.warns(UserWarning):
-        RewardTrainer(classifier(), args, tokenizer=tokenizer, train_dataset=rows, peft_config=peft_config).train()
-    assert before == [args.to_dict(), tokenizer.padding_side, tokenizer.pad_token, rows[:], peft_config]
+        RewardTrainer(classifier(), args, tokenizer=tokenizer, train_dataset=rows,
+                      peft_config=peft_config).train()
+    assert before == state()
 
 
 def test_equal_seeds_draw_equal_adapters(make_trainer):
-    one, two = (make_trainer("llama", peft_config=lora(), seed=7).model for _ in range(2) if torch.rand(1) is not None)
-    other = make_trainer("llama", peft_config=lora(), seed=8).model
-    a, b, c = ([p for n, p in m.named_parameters() if "lora_A" in n][0] for m in (one, two, other))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    def drawn(seed):
+        torch.rand(1)  # what was drawn before must not matter
+        trainer = make_trainer("llama", peft_config=lora(), seed=seed)
+        return next(p for name, p in trainer.model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(drawn(7), drawn(7)) and not torch.equal(drawn(7), drawn(8))
 
 
-# ------------------------------------------------------------------------------------------------ what is logged
-def test_rewards_margin_and_accuracy_are_logged_in_training(make_trainer):
-    trainer = make_trainer(learning_rate=0.0, max_steps=4, logging_steps=2)
-    want = rewards(trainer)
+# -------------------------------------------------------------------------------- what is logged
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_line_of_the_log_covers_the_pairs_since_the_last_line(every, make_trainer):
+    """And nothing of the evaluations in between."""
+    rows, other = pairs([both for both in LENGTHS for _ in range(2)]), pairs(seed=1)
+    trainer = make_trainer(rows=rows, eval_dataset=other, learning_rate=0.0, max_steps=4,
+                           logging_steps=every, eval_strategy="steps", eval_steps=1)
+    want = alone(trainer.model, rows).split(4 * every, dim=1)
     trainer.train()
-    row = trainer.state.log_history[0]  # two steps, all eight pairs
-    assert row["rewards/chosen"] == pytest.approx(want[0].mean().item(), abs=1e-5)
-    assert row["rewards/rejected"] == pytest.approx(want[1].mean().item(), abs=1e-5)
-    assert row["rewards/margins"] == pytest.approx((want[0] - want[1]).mean().item(), abs=1e-5)
-    assert row["rewards/accuracies"] == pytest.approx((want[0] > want[1]).float().mean().item())
-    assert row == {**row, **{k: v for k, v in trainer.state.log_history[1].items() if k.startswith("rewards")}}  # each line anew
+    found = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(found) == len(want) == 4 // every
+    for row, scores in zip(found, want):
+        expected = {**pair_metrics(scores), "loss": plain_losses(scores).mean().item()}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
+    expected = pair_metrics(alone(trainer.model, other))
+    assert len(evaluations) == 4
+    for row in evaluations:
+        assert {name: row[f"eval_{name}"] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_evaluation_is_the_mean_over_pairs_whatever_the_batches(make_trainer):
-    want = rewards(make_trainer(rows=pairs(LENGTHS[:7])))
-    expected = {"eval_loss": preference_loss(*want).mean(), "eval_rewards/chosen": want[0].mean(), "eval_rewards/rejected": want[1].mean(),
-                "eval_rewards/margins": (want[0] - want[1]).mean(), "eval_accuracy": (want[0] > want[1]).float().mean(),
-                "eval_rewards/accuracies": (want[0] > want[1]).float().mean()}
-    for size in (1, 3, 7):  # 7 pairs in batches of 3: the last has one
-        got = make_trainer(eval_dataset=pairs(LENGTHS[:7]), per_device_eval_batch_size=size).evaluate()
-        assert {name: got[name] for name in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, abs=1e-5)
+@pytest.mark.parametrize("size", [1, 3, 7])  # of 7 pairs in batches of 3 the last has one
+def test_an_evaluation_is_the_mean_over_pairs_whatever_the_batches(size, make_trainer):
+    rows = pairs(LENGTHS[:7], margin=MARGINS)
+    trainer = make_trainer(eval_dataset=rows, per_device_eval_batch_size=size)
+    scores = alone(trainer.model, rows)
+    expected = {f"eval_{name}": value for name, value in pair_metrics(scores).items()}
+    expected["eval_loss"] = plain_losses(scores, torch.tensor(MARGINS[:7])).mean().item()
+    expected["eval_accuracy"] = expected["eval_rewards/accuracies"]
+    for _ in range(2):  # the second begins anew
+        got = trainer.evaluate()
+        assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def test_ties_count_neither_way_in_the_log_and_in_an_evaluation(make_trainer):
+    """GPT-2 without positions and biases gives a token of zeros exactly the score 0."""
+    model = classifier()
+    with torch.no_grad():
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight[4:6] = 0
+    single = lambda ids: [alone(model, token_rows(([i], [i])))[0, 0].item() for i in ids]
+    order = sorted(range(6, 12), key=lambda i: single([i])[0])
+    up = [([order[-1]], [order[0]]), ([order[-2]], [order[1]])]
+    rows = token_rows(([4], [5]), *up, up[0][::-1])  # a tie, two right, one wrong
+    trainer = make_trainer(model, rows, learning_rate=0.0, max_steps=1, eval_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/accuracies"] == pytest.approx(2 / 3)
+    got = trainer.evaluate()
+    assert got["eval_rewards/accuracies"] == got["eval_accuracy"] == pytest.approx(2 / 3)
+
+    torch.nn.init.zeros_(model.score.weight)
+    assert trainer.evaluate()["eval_rewards/accuracies"] == 0.5
 
 
 def test_rows_given_to_evaluate_and_predict_may_be_texts_and_sets_may_have_names(make_trainer):
-    texts = Dataset.from_list([{"chosen": "w4 w5", "rejected": "w6"}, {"chosen": "w7", "rejected": "w8 w9"}])
+    texts = Dataset.from_list([{"chosen": "w4 w5", "rejected": "w6"},
+                               {"chosen": "w7", "rejected": "w8 w9"}])
     trainer = make_trainer(eval_dataset={"kind": texts, "unkind": pairs()})
-    assert {"eval_kind_accuracy", "eval_unkind_rewards/margins"} <= set(trainer.evaluate())
-    assert "eval_accuracy" in trainer.evaluate(texts)
+    scores = alone(trainer.model, token_rows(([4, 5], [6]), ([7], [8, 9])))
+    margin = pytest.approx((scores[0] - scores[1]).mean().item(), abs=1e-4)
+    named = trainer.evaluate()
+    assert named["eval_kind_rewards/margins"] == margin != named["eval_unkind_rewards/margins"]
+    assert {"eval_kind_accuracy", "eval_unkind_accuracy"} <= set(named)
+    assert trainer.evaluate(texts)["eval_rewards/margins"] == margin
     output = trainer.predict(texts)
-    assert output.predictions.shape == (2, 2) and output.predictions.sum(1) == pytest.approx(1, abs=1e-5)
-    assert "test_rewards/chosen" in output.metrics and output.label_ids.tolist() == [0, 0]
+    assert output.predictions == pytest.approx(scores.softmax(0).T.numpy(), abs=1e-4)
+    assert output.metrics["test_rewards/margins"] == margin
+    assert output.label_ids.tolist() == [0, 0]
+
+
+def test_an_evaluation_of_the_loss_alone_still_has_the_rewards(make_trainer):
+    trainer = make_trainer(eval_dataset=pairs(), prediction_loss_only=True)
+    got, scores = trainer.evaluate(), alone(trainer.model, pairs())
+    assert got["eval_loss"] == pytest.approx(plain_losses(scores).mean().item(), abs=1e-4)
+    assert got["eval_rewards/margins"] == pytest.approx(
+        pair_metrics(scores)["rewards/margins"], abs=1e-4)
+    assert "eval_accuracy" not in got
 
 
 def test_tokens_of_both_sides_are_counted(make_trainer):
-    trainer = make_trainer(include_num_input_tokens_seen="non_padding", max_steps=2)
+    trainer = make_trainer(include_num_input_tokens_seen="non_padding")
     trainer.train()
-    assert trainer.state.num_input_tokens_seen == sum(map(sum, LENGTHS)) and trainer.state.total_flos > 0
+    assert trainer.state.num_input_tokens_seen == sum(map(sum, LENGTHS))
+    padded = sum(4 * max(column) for part in (LENGTHS[:4], LENGTHS[4:]) for column in zip(*part))
+    weights = trainer.model.num_parameters(exclude_embeddings=True)
+    assert trainer.state.total_flos == 6 * padded * weights  # Trainer's estimate
 
 
 def test_rows_may_be_grouped_by_length_and_inputs_shown_to_metrics(make_trainer):
     seen = []
-    trainer = make_trainer(train_sampling_strategy="group_by_length", eval_dataset=pairs(), include_for_metrics=["inputs"],
-                           compute_metrics=lambda p: seen.append(p.inputs.shape[0]) or {})
+    trainer = make_trainer(
+        train_sampling_strategy="group_by_length", eval_dataset=pairs(),
+        include_for_metrics=["inputs"],
+        compute_metrics=lambda p: seen.append(p.inputs.shape[0]) or {})
     assert trainer.train_dataset["length"][:] == [sum(both) for both in LENGTHS]
     trainer.train()
     trainer.evaluate()
     assert seen == [8]
 
 
-def test_tensorboard_gets_the_figures(make_trainer, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_metrics(make_trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     make_trainer(report_to="tensorboard").train()
@@ -633,124 +815,156 @@ def test_tensorboard_gets_the_figures(make_trainer, tmp_path, monkeypatch):
     assert {"train/loss", "train/rewards/margins"} <= set(events.Tags()["scalars"])
 
 
-# ------------------------------------------------------------------------------------------------ what Trainer gives
-@pytest.mark.parametrize("arch", DECODERS)
-def test_every_architecture_learns(arch, make_trainer):
-    trainer = make_trainer(arch, per_device_train_batch_size=8, max_steps=15, learning_rate=5e-3)
+def test_the_metrics_keep_no_graph_of_the_steps_behind_them(make_trainer):
+    alive = []
+
+    class Mark(torch.autograd.Function):
+        """A node of the graph that lives as long as anything refers to the graph."""
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    trainer = make_trainer(logging_steps=100)
+    head = trainer.model.transformer.ln_f
+    head.register_forward_hook(lambda module, args, output: Mark.apply(output))
     trainer.train()
-    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
-    assert trainer.state.log_history[-2]["rewards/accuracies"] == 1
+    gc.collect()
+    assert len(alive) == 2 and not any(mark() for mark in alive)
 
 
-@pytest.mark.parametrize("arch", ("gpt2", "mistral"))
-def test_micro_batches_give_the_step_of_one_big_batch(arch, make_trainer):
-    """Also where they are of different sizes: the last of 6 pairs in fours has two."""
-    rows = pairs(LENGTHS[:6], margin=[0, 1, 2, 0.5, 0, 1])
-    big = make_trainer(arch, rows, per_device_train_batch_size=6, optim="sgd")
-    small = make_trainer(arch, rows, per_device_train_batch_size=4, gradient_accumulation_steps=2, optim="sgd")
-    for trainer in (big, small):
-        trainer.train()
-    assert losses(small) == pytest.approx(losses(big), abs=1e-5)
-    same_weights(big.model, small.model, atol=1e-5)
-    for line in zip(big.state.log_history[:2], small.state.log_history[:2]):
-        a, b = ({k: v for k, v in row.items() if k.startswith("rewards")} for row in line)
-        assert a == pytest.approx(b, abs=1e-4)
+# ---------------------------------------------------------------------------- optimizer steps
+@pytest.mark.parametrize("batch,accumulate", [(6, 1), (4, 2), (2, 3)])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_step_goes_down_the_mean_gradient_of_its_pairs_however_they_are_batched(
+        clip, batch, accumulate, make_trainer, weights):
+    """Also where micro-batches differ in size, and clipped as a whole. By plain SGD, which, unlike
+    Adam, shows a factor of the gradient."""
+    rows = pairs(LENGTHS[:6], margin=MARGINS)
+    model = classifier()
+    before = weights(model)
+    scores = plain_scores(model, rows)
+    loss = plain_losses(scores, torch.tensor(MARGINS[:6])).mean()
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = math.sqrt(sum(grad.norm().item() ** 2 for grad in grads.values()))
+    factor = min(1.0, clip / norm) if clip else 1.0
+    assert norm > 0.1
+    model.zero_grad()
+
+    trainer = make_trainer(model, rows, per_device_train_batch_size=batch, max_steps=1,
+                           gradient_accumulation_steps=accumulate, max_grad_norm=clip, optim="sgd",
+                           learning_rate=0.1, lr_scheduler_type="constant")
+    trainer.train()
+    # p - 0.1 g rounds p, of size 1, to 6e-8: 1e-3 of a step of the smaller gradients
+    change = {name: (before[name] - p.detach()) / 0.1 for name, p in model.named_parameters()}
+    same_tensors(change, {name: factor * grad for name, grad in grads.items()}, share=4e-3)
+    assert losses(trainer) == pytest.approx([loss.item()], abs=1e-4)
+    line = trainer.state.log_history[0]
+    expected = pair_metrics(scores.detach())
+    assert {name: line[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_run_that_is_resumed_goes_on_to_the_same_losses(make_trainer, tmp_path):
-    fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "random"}
+def test_a_run_that_is_resumed_ends_with_the_same_losses_and_weights(make_trainer, tmp_path):
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+              "train_sampling_strategy": "random"}
     model = lambda: classifier(resid_pdrop=0.1)
     whole = make_trainer(model(), output_dir=str(tmp_path / "a"), **fields)
     whole.train()
     again = make_trainer(model(), output_dir=str(tmp_path / "b"), **fields)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert losses(again) == losses(whole)
-    same_weights(whole.model, again.model, atol=0)
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
 
 
 def test_the_best_model_is_loaded_at_the_end(make_trainer):
-    trainer = make_trainer(eval_dataset=pairs(seed=1), max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                           load_best_model_at_end=True, metric_for_best_model="rewards/margins", greater_is_better=False)
+    trainer = make_trainer(eval_dataset=pairs(seed=1), max_steps=4, eval_strategy="steps",
+                           eval_steps=1, save_strategy="steps", save_steps=1,
+                           load_best_model_at_end=True, metric_for_best_model="rewards/margins",
+                           greater_is_better=False)
     trainer.train()
-    seen = [row["eval_rewards/margins"] for row in trainer.state.log_history if "eval_rewards/margins" in row]
+    name = "eval_rewards/margins"
+    seen = [row[name] for row in trainer.state.log_history if name in row]
     assert trainer.state.best_metric == min(seen) != seen[-1]
-    assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(min(seen), abs=1e-5)
+    assert trainer.evaluate()[name] == pytest.approx(min(seen), abs=1e-5)
 
 
-@pytest.mark.parametrize("arch", DECODERS)
-def test_an_adapter_and_the_head_train_under_gradient_checkpointing(arch, make_trainer, weights, moved):
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_an_adapter_and_the_head_train_under_gradient_checkpointing(
+        arch, make_trainer, weights, moved):
     trainer = make_trainer(arch, peft_config=lora(), gradient_checkpointing=True)
     before = weights(trainer.model)
     trainer.train()
     changed = moved(before, trainer.model)
-    adapters = {name for name in before if "lora_" in name}
-    assert adapters <= changed and any("score" in name for name in changed)
+    assert {name for name in before if "lora_" in name} <= changed
+    assert any("score" in name for name in changed)
     assert all("lora_" in name or "score" in name for name in changed)
 
 
-@pytest.mark.parametrize("arch", ("gpt2", "llama"))
-def test_gradient_checkpointing_changes_no_number(arch, make_trainer):
-    plain, checkpointed = (make_trainer(arch, gradient_checkpointing=on) for on in (False, True))
-    for trainer in (plain, checkpointed):
+def test_gradient_checkpointing_and_compilation_change_no_number(make_trainer):
+    model = lambda: classifier("llama", num_hidden_layers=1)
+    make = lambda **fields: make_trainer(model(), optim="sgd", max_grad_norm=0.0, **fields)
+    plain, checkpointed = make(), make(gradient_checkpointing=True)
+    compiled = make(torch_compile=True, torch_compile_backend="eager")
+    start = model().state_dict()
+    for trainer in (plain, checkpointed, compiled):
         trainer.train()
     assert checkpointed.model.is_gradient_checkpointing
-    same_weights(plain.model, checkpointed.model, atol=1e-6)
+    step = lambda trainer: {name: p.detach() - start[name]
+                            for name, p in trainer.accelerator.unwrap_model(
+                                trainer.model, keep_torch_compile=False).named_parameters()}
+    for other in (checkpointed, compiled):
+        assert losses(other) == pytest.approx(losses(plain), abs=1e-4)
+        same_tensors(step(other), step(plain), share=4e-3)
 
 
-def test_a_compiled_model_learns_what_the_plain_one_learns(make_trainer):
-    plain, compiled = (make_trainer("llama", torch_compile=on, torch_compile_backend="eager" if on else None, optim="sgd", max_steps=3)
-                       for on in (False, True))
-    for trainer in (plain, compiled):
-        trainer.train()
-    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
-
-
-def test_bf16_computes_in_half_precision_and_the_loss_in_float32(make_trainer):
-    trainer = make_trainer("llama", bf16=True, max_steps=15, per_device_train_batch_size=8)
-    seen = []
-    trainer.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    assert trainer.packing
+def test_bf16_computes_in_half_precision_in_training_and_evaluation(make_trainer):
+    trainer = make_trainer("llama", bf16=True, eval_dataset=pairs())
+    seen = {True: set(), False: set()}
+    layer = trainer.model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(
+        lambda module, args, output: seen[module.training].add(output.dtype))
     trainer.train()
-    assert seen[-1] == torch.bfloat16 and next(trainer.model.parameters()).dtype == torch.float32
-    assert losses(trainer)[-1] < losses(trainer)[0] / 2
+    trainer.evaluate()
+    assert seen == {True: {torch.bfloat16}, False: {torch.bfloat16}}
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert rewards(trainer).dtype == torch.float32
 
 
-def test_an_adapter_is_saved_with_the_head_and_goes_on_training(make_trainer, tmp_path):
+# ------------------------------------------------------------------------------- what is saved
+def test_an_adapter_is_saved_with_the_head_and_trains_on(make_trainer, tmp_path):
     from peft import PeftModel
     trainer = make_trainer("llama", peft_config=lora(task_type=None))
     trainer.train()
     trainer.save_model(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(classifier("llama", seed=0), tmp_path / "adapter", is_trainable=True)
+    base = classifier("llama")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     torch.nn.init.zeros_(loaded.get_base_model().score.original_module.weight)
     again = make_trainer(loaded)
     torch.testing.assert_close(rewards(again), rewards(trainer))
     again.train()
-    assert not torch.equal(rewards(again), rewards(trainer))
+    assert not torch.allclose(rewards(again), rewards(trainer), rtol=1e-3)
 
 
-def test_a_saved_model_is_a_plain_classifier(make_trainer, tmp_path):
-    trainer = make_trainer("qwen3")
+def test_a_saved_model_is_a_plain_classifier_that_scores_as_in_training(make_trainer, tmp_path):
+    rows = [{"prompt": "w4 w5 ", "chosen": "w6 w7 w8", "rejected": "w9"},
+            {"prompt": "w10 ", "chosen": "w11", "rejected": "w12 w13"}]
+    trainer = make_trainer(classifier("qwen3", pad_token_id=None), Dataset.from_list(rows))
     trainer.train()
     trainer.save_model(tmp_path)
+    texts = [row["prompt"] + row[side] for side in SIDES for row in rows]
+    want = rewards(trainer).flatten()
+    scores = torch.stack(load_reward(tmp_path)(texts))
+    torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-5)
+
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert model.config.num_labels == 1 and model.config.pad_token_id == PAD
-    batch = trainer.tokenizer(["w4 w5 w6", "w7"], padding=True, return_tensors="pt", padding_side="right")
+    assert model.config.num_labels == 1
+    batch = trainer.tokenizer(texts, padding=True, return_tensors="pt", padding_side="right")
     with torch.no_grad():
-        scores = model(**batch).logits[:, 0]
-    rows = Dataset.from_list([{"chosen": "w4 w5 w6", "rejected": "w7"}])
-    torch.testing.assert_close(rewards(trainer, trainer.prepare(rows, "test")).flatten(), scores, rtol=1e-4, atol=1e-5)
-
-
-def test_centring_draws_the_scores_to_zero(make_trainer):
-    model = lambda: classifier("llama", seed=3)
-    mean = lambda **kwargs: abs((lambda t: (t.train(), rewards(t).mean().item())[1])(
-        make_trainer(model(), max_steps=15, per_device_train_batch_size=8, **kwargs)))
-    assert mean(center_rewards_coefficient=1.0) < 0.1 < mean()
-
-
-def test_label_smoothing_and_margin_reach_the_loss(make_trainer):
-    trainer = make_trainer(rows=pairs(margin=[1.0] * 8), label_smoothing_factor=0.1)
-    chosen, rejected = rewards(trainer)
-    got = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
-    assert got == pytest.approx(preference_loss(chosen, rejected, 1.0, 0.1).mean().item(), abs=1e-6)
+        logits = model(**batch).logits[:, 0]
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
