@@ -1,5 +1,7 @@
-"""dpo.py's losses, rows, log-probabilities, reference, training and evaluation: against the numbers of TRL 0.7.10
-(recorded_dpo.json), the mathematics by hand, and the plain model run on one answer at a time.
+"""dpo.py's losses, rows, log-probabilities, reference, training and evaluation.
+
+They are held against the numbers of TRL 0.7.10 (recorded_dpo.json), the mathematics by hand, and
+the plain model run on one answer at a time.
 
     python -m pytest -q tests/test_dpo.py
 """
@@ -26,6 +28,7 @@ from dpo import DPODataCollatorWithPadding, DPOTrainer
 RECORDED = json.loads(Path(__file__).with_name("recorded_dpo.json").read_text())
 LN2 = math.log(2)
 ANSWERS = ("chosen", "rejected")
+COLUMNS = {"reference_chosen_logps", "reference_rejected_logps"}
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "kto", "kto_pair")
 SGD = {"optim": "sgd", "learning_rate": 0.5}  # Adam would forgive a wrong factor of the gradient
 
@@ -57,8 +60,9 @@ def assistant(text):
 
 @pytest.fixture
 def make_args(tmp_path):
-    """make_args(**changes) -> TrainingArguments: 2 pairs per step in the order of the rows, 2 steps,
-    one log line per step, nothing saved or printed."""
+    """make_args(**changes) -> TrainingArguments.
+
+    2 pairs per step in the order of the rows, 2 steps, one log line per step, nothing saved."""
     def make(**changes):
         return TrainingArguments(**{
             "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "max_steps": 2,
@@ -168,14 +172,14 @@ def plain_logps(model, trainer, mean=False):
 
 
 def same_gradients(got, want):
-    """Both {name: gradient}. Rounding is about 1e-6 of a gradient's norm; parameters whose true gradient is
-    0 (the keys' biases) hold nothing but the rounding of the others."""
+    """Compare two {name: gradient}. Rounding is about 1e-6 of a gradient's norm; parameters whose
+    true gradient is 0 (the keys' biases) hold nothing but the rounding of the others."""
     total = torch.stack([grad.norm() for grad in want.values()]).norm()
     for name, grad in want.items():
         assert (got[name] - grad).norm() <= 1e-3 * grad.norm() + 1e-5 * total, name
 
 
-# ---------------------------------------------------------------------------- the numbers of TRL 0.7.10
+# -------------------------------------------------------- the numbers of TRL 0.7.10
 cases = lambda part: pytest.mark.parametrize("case", RECORDED[part], ids=lambda case: case["name"])
 
 
@@ -225,7 +229,8 @@ def fill(model, seed, scale=0.15, only="", add=False):
 
 
 def build(kind, seed, lora=False, near=None):
-    """The models of the recorded runs. near: the reference, a policy of that seed and a little noise of `seed`."""
+    """The models of the recorded runs. near: the reference, which is the policy of that seed and a
+    little noise of `seed`."""
     if near is not None:
         return fill(build(kind, near), seed, scale=0.03, add=True)
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS}
@@ -255,14 +260,16 @@ def test_five_steps_equal_trl(case, make):
     agree(losses(trainer), want, rtol=1e-4, atol=1e-5)
     for got, want in zip(lines(trainer), case["logs"], strict=True):
         for name, value in want.items():
-            if name != "rewards/accuracies" or abs(want["rewards/margins"]) > 1e-4:  # rounding decides a tie
+            tie = abs(want["rewards/margins"]) < 1e-4  # rounding decides which reward is larger
+            if name != "rewards/accuracies" or not tie:
                 agree(got[name], value, rtol=1e-4, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------- the losses
+# -------------------------------------------------------- the losses
 @pytest.mark.parametrize("arguments, want", [
     ({}, [-math.log(1 / (1 + math.exp(-0.75)))]),
-    ({"label_smoothing": 0.2}, [0.8 * math.log(1 + math.exp(-0.75)) + 0.2 * math.log(1 + math.exp(0.75))]),
+    ({"label_smoothing": 0.2},
+     [0.8 * math.log(1 + math.exp(-0.75)) + 0.2 * math.log(1 + math.exp(0.75))]),
     ({"loss_type": "hinge"}, [0.25]),
     ({"loss_type": "ipo"}, [0.25]),  # (1.5 - 1 / (2 x 0.5))^2
     # chosen ratio 1, rejected ratio -0.5: the estimates of the KL, not below 0, are 1 and 0
@@ -281,14 +288,17 @@ def test_the_loss_of_one_pair_by_hand(arguments, want, make):
 def test_a_step_against_the_gradient_raises_the_chosen_and_lowers_the_rejected(loss_type, make):
     chosen, rejected = (torch.tensor([-2.0, -3.0], requires_grad=True) for _ in range(2))
     references = torch.tensor([-2.1, -3.1]), torch.tensor([-2.1, -3.2])
-    make(rows=None, loss_type=loss_type).dpo_loss(chosen, rejected, *references)[0].mean().backward()
+    trainer = make(rows=None, loss_type=loss_type)
+    trainer.dpo_loss(chosen, rejected, *references)[0].mean().backward()
     assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
 
 
 def test_the_gradient_is_beta_times_how_wrong_the_rewards_are(make):
-    # Rafailov et al., section 4: grad L = -beta sigmoid(r(y_l) - r(y_w)) (grad log pi(y_w) - grad log pi(y_l))
+    # Rafailov et al., section 4:
+    # grad L = -beta sigmoid(r(y_l) - r(y_w)) (grad log pi(y_w) - grad log pi(y_l))
     policy = [torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0)]
-    loss, *rewards = make(rows=None, beta=0.3).dpo_loss(*policy, torch.tensor([-3.0]), torch.tensor([-1.0]))
+    reference = torch.tensor([-3.0]), torch.tensor([-1.0])
+    loss, *rewards = make(rows=None, beta=0.3).dpo_loss(*policy, *reference)
     loss.backward()
     want = 0.3 / (1 + math.exp(0.3 * (2.0 - -1.0)))
     agree(policy[0].grad, [-want])
@@ -321,7 +331,7 @@ def test_the_gradient_of_log_probabilities_is_that_of_log_softmax():
     agree(*grads)
 
 
-# ---------------------------------------------------------------------------- from rows to tokens
+# -------------------------------------------------------- from rows to tokens
 def ids(*words):
     special = {"<s>": BOS, "</s>": EOS}
     return [special.get(word) or int(word[1:]) for text in words for word in text.split()]
@@ -366,7 +376,7 @@ LONG = " ".join(f" w{i}" for i in range(30, 50))
     ((64, 32), 11, 21),    # it fits: nothing is cut
     ((16, 8), 8, 8),       # max_prompt_length holds, the answer has the rest
     ((64, 8), 8, 21),      # ... even where the pair would have fitted
-    ((24, 20), 11, 13),    # a short prompt leaves the answer more than max_length - max_prompt_length
+    ((24, 20), 11, 13),    # a short prompt leaves the answer more than the difference of both
     ((30, None), 11, 19),  # without a limit the prompt keeps at least half of max_length
     ((31, None), 11, 20),
     ((32, None), 11, 21),
@@ -396,10 +406,11 @@ def test_limits_that_leave_no_answer_are_refused(name, limits, make):
 
 
 def test_without_a_limit_a_row_has_as_many_tokens_as_the_model_takes(make, tokenize):
-    assert len(tokenize(row(PROMPT * 9, LONG, SHORT))["chosen_input_ids"]) == 64  # of GPT-2's 64 positions
+    tokens = tokenize(row(PROMPT * 9, LONG, SHORT))
+    assert len(tokens["chosen_input_ids"]) == 64  # GPT-2's positions
     with pytest.warns(UserWarning, match="max_length=100"):
         assert make(max_length=100).max_length == 64
-    assert make("bart", max_length=100).max_length == 100  # an encoder-decoder's prompts have positions of their own
+    assert make("bart", max_length=100).max_length == 100  # its prompts have their own positions
     model = hf_model("llama", max_position_embeddings=2048)
     assert make(model).max_length == 512
 
@@ -411,7 +422,7 @@ def test_prompt_and_answer_are_tokenised_together_and_may_merge(make, tokenize):
     core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
-    # enc("ef ab" + "cd") = ef abcd: two tokens of the pair merge across the boundary, and both answers begin there
+    # enc("ef ab" + "cd") = ef abcd: two tokens merge across the boundary; both answers begin there
     tokens = tokenize(row("ef ab", "cd", "e"), tokenizer)
     assert tokens["prompt_input_ids"] == [10]
     assert tokens["chosen_input_ids"] == [10, 9] and tokens["rejected_input_ids"] == [10, 7, 5]
@@ -430,7 +441,7 @@ def test_build_tokenized_answer_joins_to_the_encoding_of_the_whole(make, tokeniz
 
 
 ASK, YES, NO = [user("w4 w5")], [assistant("w6")], [assistant("w7 w8")]
-EARLIER = [user("w4"), assistant("w5"), user("w6")]
+EARLIER, TURNS = [user("w4"), assistant("w5"), user("w6")], "<s> w10 w4 w11 w5 </s> w10 w6 w11"
 
 
 @pytest.mark.parametrize("given, prompt, chosen, rejected", [
@@ -439,13 +450,15 @@ EARLIER = [user("w4"), assistant("w5"), user("w6")]
     (row(ASK, ASK + YES, ASK + NO), "<s> w10 w4 w5 w11", "w6 </s>", "w7 w8 </s>"),
     (row("w4 w5", ASK + YES, ASK + NO), "<s> w10 w4 w5 w11", "w6 </s>", "w7 w8 </s>"),
     (row(None, ASK + YES, ASK + NO), "<s> w10 w4 w5 w11", "w6 </s>", "w7 w8 </s>"),
-    (row(None, EARLIER + YES, EARLIER + NO), "<s> w10 w4 w11 w5 </s> w10 w6 w11", "w6 </s>", "w7 w8 </s>"),
-    (row(EARLIER, YES, NO), "<s> w10 w4 w11 w5 </s> w10 w6 w11", "w6 </s>", "w7 w8 </s>"),
+    (row(None, EARLIER + YES, EARLIER + NO), TURNS, "w6 </s>", "w7 w8 </s>"),
+    (row(EARLIER, YES, NO), TURNS, "w6 </s>", "w7 w8 </s>"),
     # one answer goes on where the other ends: the shorter keeps its last message
     (row(None, ASK + YES, ASK + YES + ASK + NO), "<s> w10 w4 w5 w11", "w6 </s>",
      "w6 </s> w10 w4 w5 w11 w7 w8 </s>")],
-    ids=("messages", "text", "messages_in_both", "text_in_both", "no_prompt", "no_prompt_turns", "turns", "longer"))
-def test_chats_go_through_the_template_once(given, prompt, chosen, rejected, tokenize, make_tokenizer):
+    ids=("messages", "text", "messages_in_both", "text_in_both", "no_prompt", "no_prompt_turns",
+         "turns", "longer"))
+def test_chats_go_through_the_template_once(given, prompt, chosen, rejected, tokenize,
+                                            make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokens = tokenize(given, tokenizer)
@@ -460,13 +473,15 @@ def test_an_answer_ends_at_its_end_token_not_at_the_white_space_of_the_template(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>",
-                                        additional_special_tokens=["<|im_start|>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     model = hf_model("llama", max_position_embeddings=256)
-    tokens = tokenize(row([user("a")], [assistant("yes")], [assistant("no")]), tokenizer, model=model)
+    given = row([user("a")], [assistant("yes")], [assistant("no")])
+    tokens = tokenize(given, tokenizer, model=model)
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     prompt = encode("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
     assert tokens["chosen_input_ids"] == prompt + encode("yes<|im_end|>")
@@ -486,10 +501,11 @@ def test_a_row_of_an_encoder_decoder(make):
     tokens = trainer.tokenize_row(row("w4 w5 w6", "w7 w8 w9", "w10"), model=trainer.model)
     assert tokens["prompt_input_ids"] == [4, 5] and tokens["prompt_attention_mask"] == [1, 1]
     assert tokens["chosen_labels"] == [7, 8] and tokens["rejected_labels"] == [10]
-    assert tokens["chosen_decoder_input_ids"] == [PAD, 7] and tokens["rejected_decoder_input_ids"] == [PAD]
+    assert tokens["chosen_decoder_input_ids"] == [PAD, 7]
+    assert tokens["rejected_decoder_input_ids"] == [PAD]
     long = row(PROMPT, LONG, " ".join(f"w{4 + i % 90}" for i in range(200)))
     tokens = make("t5", max_length=5).tokenize_row(long)
-    assert tokens["prompt_input_ids"] == ids(PROMPT)[:5]  # max_length holds where max_prompt_length is not given
+    assert tokens["prompt_input_ids"] == ids(PROMPT)[:5]  # max_length holds without another limit
     assert tokens["chosen_labels"] == ids(LONG) and len(tokens["rejected_labels"]) == 128
 
 
@@ -515,14 +531,18 @@ def test_rows_without_information_are_dropped_and_counted(make):
 
 
 def test_unused_columns_go_and_what_the_caller_passed_in_stays_as_it_was(make_args, tokenizer):
-    rows, args = Dataset.from_list([{**pair, "source": "x"} for pair in ROWS]), make_args(max_steps=1)
-    state = lambda: copy.deepcopy((args.to_dict(), tokenizer.pad_token, tokenizer.padding_side, rows.column_names))
+    rows, args = Dataset.from_list([{**pair, "source": "x"} for pair in ROWS]), make_args()
+
+    def state():
+        return copy.deepcopy((args.to_dict(), tokenizer.pad_token, tokenizer.padding_side,
+                              rows.column_names))
+
     before = state()
     trainer = DPOTrainer(hf_model("gpt2"), args=args, train_dataset=rows, tokenizer=tokenizer)
     assert "source" not in trainer.train_dataset.column_names
     trainer.train()
     assert state() == before
-    args = make_args(remove_unused_columns=False, max_steps=1)
+    args = make_args(remove_unused_columns=False)
     kept = DPOTrainer(hf_model("gpt2"), args=args, train_dataset=rows, tokenizer=tokenizer)
     assert {"source", "prompt"} <= set(kept.train_dataset.column_names)
     kept.train()
@@ -535,7 +555,7 @@ def test_tokenised_rows_are_taken_as_they_are(make):
     assert trainer.train_dataset[:] == tokenised[:]
 
 
-# ---------------------------------------------------------------------------- the forward passes
+# -------------------------------------------------------- the forward passes
 MODELS = {**{arch: (arch, {}) for arch in (*CAUSAL, *SEQ2SEQ)},
           "mistral_window_6": ("mistral", {"sliding_window": 6}),  # shorter than the rows
           "gpt2_eager": ("gpt2", {"attn_implementation": "eager"})}
@@ -548,16 +568,22 @@ def policy_and_reference(name):
     return pair, [copy.deepcopy(model).eval() for model in pair]
 
 
-@pytest.mark.parametrize("rows", (ROWS, LONG_PROMPTS, LONG_ANSWERS), ids=("mixed", "long_prompts", "long_answers"))
+def forward(trainer, batch):
+    """Log-probabilities of the chosen and the rejected answers under the policy [2, B]."""
+    with torch.no_grad():
+        return torch.stack(trainer.concatenated_forward(trainer.model, batch)[:2])
+
+
+@pytest.mark.parametrize("rows", (ROWS, LONG_PROMPTS, LONG_ANSWERS),
+                         ids=("mixed", "long_prompts", "long_answers"))
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_metrics_and_gradients_equal_the_plain_model_on_one_answer_at_a_time(name, rows, make):
     models, plain_models = policy_and_reference(name)
     trainer = make(*models, rows=rows)
     batch = batch_of(trainer)
     policy, reference = (plain_logps(model, trainer) for model in plain_models)
-    with torch.no_grad():
-        agree(torch.stack(trainer.concatenated_forward(trainer.model, batch)[:2]), policy, rtol=1e-5, atol=2e-5)
-    agree(torch.stack(trainer.compute_reference_log_probs(batch)), reference, rtol=1e-5, atol=2e-5)
+    agree(forward(trainer, batch), policy, atol=2e-5)
+    agree(torch.stack(trainer.compute_reference_log_probs(batch)), reference, atol=2e-5)
 
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
     loss.backward()
@@ -575,7 +601,7 @@ def test_loss_metrics_and_gradients_equal_the_plain_model_on_one_answer_at_a_tim
     assert set(metrics) == set(means)
     for key, values in means.items():
         agree(metrics[key], values.mean(), rtol=1e-5, atol=2e-5)
-        assert not metrics[key].requires_grad, key  # a graph that is kept is memory that grows with every step
+        assert not metrics[key].requires_grad, key  # else memory would grow with every step
     same_gradients(*({name: p.grad for name, p in model.named_parameters() if p.grad is not None}
                      for model in (trainer.model, plain_models[0])))
     eval_loss, eval_metrics = trainer.get_batch_loss_metrics(trainer.model, batch, "eval")
@@ -587,16 +613,18 @@ def test_loss_metrics_and_gradients_equal_the_plain_model_on_one_answer_at_a_tim
 def test_each_loss_of_a_batch_equals_its_formula_on_plain_log_probabilities(loss_type, make):
     beta, (models, plain_models) = 0.5, policy_and_reference("gpt2")
     trainer = make(*models, loss_type=loss_type, beta=beta)
-    policy, reference = (plain_logps(model, trainer, mean=loss_type == "ipo") for model in plain_models)
+    mean = loss_type == "ipo"
+    policy, reference = (plain_logps(model, trainer, mean) for model in plain_models)
     ratios = policy - reference.detach()  # of the chosen and of the rejected
     h = ratios[0] - ratios[1]
     kl = ratios.mean(1).clamp(min=0)
-    kto = (1 - torch.sigmoid(beta * (ratios[0] - kl[1])) + 1 - torch.sigmoid(beta * (kl[0] - ratios[1]))) / 2
+    kto = [1 - torch.sigmoid(beta * (a - b)) for a, b in ((ratios[0], kl[1]), (kl[0], ratios[1]))]
+    kto = (kto[0] + kto[1]) / 2
     want = {"sigmoid": -F.logsigmoid(beta * h), "hinge": (1 - beta * h).clamp(min=0),
             "ipo": (h - 1 / (2 * beta)) ** 2, "kto": kto, "kto_pair": kto}[loss_type].mean()
     want.backward()
     batch = batch_of(trainer)
-    agree(torch.stack(trainer.concatenated_forward(trainer.model, batch)[:2]), policy, rtol=1e-5, atol=2e-5)
+    agree(forward(trainer, batch), policy, atol=2e-5)
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
     loss.backward()
     agree(loss, want, rtol=1e-5, atol=2e-5)
@@ -610,8 +638,8 @@ def wider(batch, n, side="right", fill=PAD):
     """The batch with n columns more of padding."""
     fills = {"ids": fill, "mask": 0, "labels": -100}
     pad = (0, n) if side == "right" else (n, 0)
-    return {key: value if key.startswith("prompt") else F.pad(value, pad, value=fills[key.split("_")[-1]])
-            for key, value in batch.items()}
+    wide = {key: F.pad(value, pad, value=fills[key.split("_")[-1]]) for key, value in batch.items()}
+    return {key: batch[key] if key.startswith("prompt") else value for key, value in wide.items()}
 
 
 @pytest.mark.parametrize("arch", ("gpt2", "llama", "t5"))
@@ -645,7 +673,8 @@ def test_a_token_within_the_answer_that_has_no_label_does_not_count(make):
     rows[0]["chosen_labels"][-2] = -100
     trainer.train_dataset = Dataset.from_list(rows)
     _, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
-    agree(metrics["logps/chosen"], plain_logps(trainer.model, trainer, mean=True)[0].mean(), atol=2e-5)
+    want = plain_logps(trainer.model, trainer, mean=True)
+    agree(metrics["logps/chosen"], want[0].mean(), atol=2e-5)
 
 
 @pytest.mark.parametrize("arch", ("gpt2", "t5"))
@@ -656,7 +685,7 @@ def test_another_label_pad_token_changes_no_number(arch, make):
         batch = batch_of(trainer)
         assert (batch["chosen_labels"] == pad).any()
         metrics.append(trainer.get_batch_loss_metrics(trainer.model, batch)[1])
-        agree(trainer.concatenated_forward(trainer.model, batch)[0].mean(), metrics[0]["logps/chosen"])
+        agree(forward(trainer, batch)[0].mean(), metrics[0]["logps/chosen"])
     agree(list(metrics[0].values()), list(metrics[1].values()))
 
 
@@ -675,16 +704,17 @@ def test_a_batch_that_begins_with_an_empty_prompt_holds_whole_numbers():
 def test_a_mixture_of_experts_adds_its_balancing_loss(make):
     from transformers import MixtralConfig, MixtralForCausalLM
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                           num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
-                           num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=0.5,
-                           pad_token_id=PAD)
+    config = MixtralConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, pad_token_id=PAD,
+                           num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                           num_local_experts=2, num_experts_per_tok=1, output_router_logits=True,
+                           router_aux_loss_coef=0.5)
     trainer = make(MixtralForCausalLM(config))
     batch = batch_of(trainer)
     both = trainer.concatenated_inputs(batch)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        balance = trainer.model(both["concatenated_input_ids"], both["concatenated_attention_mask"]).aux_loss
+        inputs = both["concatenated_input_ids"], both["concatenated_attention_mask"]
+        balance = trainer.model(*inputs).aux_loss
         loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
     assert balance > 0.5
     agree(loss, LN2 + 0.5 * balance, atol=1e-5)
@@ -698,8 +728,8 @@ def test_a_subclass_may_replace_the_forward_pass(make_args, tokenizer):
 
     metrics = []
     for kind in (DPOTrainer, Halved):
-        trainer = kind(hf_model("gpt2"), hf_model("gpt2", seed=1), args=make_args(), tokenizer=tokenizer,
-                       train_dataset=Dataset.from_list(ROWS))
+        trainer = kind(hf_model("gpt2"), hf_model("gpt2", seed=1), args=make_args(),
+                       tokenizer=tokenizer, train_dataset=Dataset.from_list(ROWS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             metrics.append(trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))[1])
@@ -708,11 +738,12 @@ def test_a_subclass_may_replace_the_forward_pass(make_args, tokenizer):
     agree(metrics[1]["logps/rejected"], metrics[0]["logps/rejected"])
 
 
-# ---------------------------------------------------------------------------- the reference
+# -------------------------------------------------------- the reference
 @pytest.mark.parametrize("arch", (*CAUSAL, *SEQ2SEQ))
 def test_the_first_loss_is_ln_2_with_dropout_everywhere(arch, make):
     task = "SEQ_2_SEQ_LM" if arch in SEQ2SEQ else "CAUSAL_LM"
-    for extra in ({}, {"peft_config": lora(lora_dropout=0.3, task_type=task, fan_in_fan_out=arch == "gpt2")}):
+    adapter = lora(lora_dropout=0.3, task_type=task, fan_in_fan_out=arch == "gpt2")
+    for extra in ({}, {"peft_config": adapter}):
         trainer = make(arch, **extra)
         assert trainer.model.training
         loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
@@ -729,8 +760,8 @@ def test_dropout_that_is_left_on_acts_on_the_policy_and_never_on_the_reference(m
         assert trainer.model.training and torch.equal(once[0], again[0])
         once, again = (trainer.get_batch_loss_metrics(trainer.model, batch)[1] for _ in range(2))
         assert not torch.equal(once["logps/chosen"], again["logps/chosen"])
-        chosen, reference = (metrics["rewards/chosen"] / 0.1 - metrics["logps/chosen"] for metrics in (once, again))
-        agree(chosen, reference, rtol=1e-5)  # minus the reference's log-probability, both times
+        # minus the reference's log-probability, both times
+        agree(*(told["rewards/chosen"] / 0.1 - told["logps/chosen"] for told in (once, again)))
 
 
 REFERENCES = {
@@ -758,60 +789,57 @@ def test_training_moves_the_policy_and_not_the_reference(kind, make):
     trainer.train()
     agree(torch.stack(trainer.compute_reference_log_probs(batch)), want, atol=2e-5)
 
-    with torch.no_grad():
-        policy = torch.stack(trainer.concatenated_forward(trainer.model, batch)[:2])
+    policy = forward(trainer, batch)
     assert (policy - want).abs().max() > 0.1
     agree(policy, plain_logps(trainer.model, trainer), atol=2e-5)  # it is the policy again
     names = moved(before, trainer.model)
-    part = {"base of a fresh adapter": "lora_", "trained adapter as it was": "lora_", "adapter by name": ".policy."}
-    assert names and all(part.get(kind, "") in name for name in names)
+    part = {"base of a fresh adapter": "lora_", "trained adapter as it was": "lora_",
+            "adapter by name": ".policy."}.get(kind, "")
     trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert names <= trains and all(part.get(kind, "") in name for name in trains)
+    assert names and names <= trains and all(part in name for name in trains)
     if kind not in ("another model", "adapter by name"):
         assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-5)
 
 
 def test_models_by_name(make_args, tokenizer, tmp_path):
     hf_model("gpt2", seed=5).save_pretrained(tmp_path)
-    trainer = DPOTrainer(str(tmp_path), str(tmp_path), args=make_args(), train_dataset=Dataset.from_list(ROWS),
-                         model_init_kwargs={"dtype": "bfloat16"}, tokenizer=tokenizer,
+    trainer = DPOTrainer(str(tmp_path), str(tmp_path), args=make_args(), tokenizer=tokenizer,
+                         train_dataset=Dataset.from_list(ROWS),
+                         model_init_kwargs={"dtype": "bfloat16"},
                          ref_model_init_kwargs={"dtype": "float16"})
     assert trainer.model.dtype == torch.bfloat16 and trainer.ref_model.dtype == torch.float16
     agree(trainer.ref_model.lm_head.weight, hf_model("gpt2", seed=5).lm_head.weight, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ("trained adapter as it was", "adapter by name", "copy of the policy"))
+@pytest.mark.parametrize("kind", ("trained adapter as it was", "adapter by name",
+                                  "copy of the policy"))
 def test_null_ref_context_gives_the_policy_back_when_something_fails(kind, make):
     trainer = make(**REFERENCES[kind]())
     trainer.train()
     before, batch = weights_of(trainer.model), batch_of(trainer)
-    inside = lambda: trainer.concatenated_forward(trainer.model, batch)[0]
-    with torch.no_grad():
-        policy = inside()
-        with pytest.raises(ZeroDivisionError), trainer.null_ref_context():
-            reference = inside()
-            1 / 0
-        agree(inside(), policy)
+    policy = forward(trainer, batch)
+    with pytest.raises(ZeroDivisionError), trainer.null_ref_context():
+        reference = forward(trainer, batch)
+        1 / 0
+    agree(forward(trainer, batch), policy)
     assert not moved(before, trainer.model)
     if kind != "copy of the policy":  # there the policy is all that there is
-        agree(reference, trainer.compute_reference_log_probs(batch)[0])
+        agree(reference, torch.stack(trainer.compute_reference_log_probs(batch)))
         assert (reference - policy).abs().max() > 1e-3
 
 
 def test_reference_free_runs_none(make):
     model = hf_model("gpt2")
     trainer = make(copy.deepcopy(model), reference_free=True, precompute_ref_log_probs=True)
-    assert trainer.ref_model is None and "reference_chosen_logps" not in trainer.train_dataset.column_names
+    assert trainer.ref_model is None
+    assert not COLUMNS & set(trainer.train_dataset.column_names)
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
     logps = plain_logps(model, trainer).detach()
     agree(loss, -F.logsigmoid(0.1 * (logps[0] - logps[1])).mean(), atol=1e-5)
     agree(metrics["rewards/chosen"], 0.1 * logps[0].mean(), atol=1e-5)
 
 
-# ---------------------------------------------------------------------------- precomputed log-probabilities
-COLUMNS = {"reference_chosen_logps", "reference_rejected_logps"}
-
-
+# -------------------------------------------------------- precomputed log-probabilities
 def test_precomputed_log_probabilities_are_those_of_the_reference_for_every_set(make):
     runs = []
     for early in (False, True):
@@ -821,7 +849,7 @@ def test_precomputed_log_probabilities_are_those_of_the_reference_for_every_set(
                        args={"max_steps": 3, "per_device_eval_batch_size": 4, **SGD})
         if early:  # before the first step, and each row has its own
             rows = trainer.train_dataset
-            got = torch.stack([torch.tensor(rows[f"reference_{name}_logps"][:]) for name in ANSWERS])
+            got = [rows[f"reference_{name}_logps"][:] for name in ANSWERS]
             agree(got, plain_logps(reference, trainer), atol=2e-5)
             assert all(COLUMNS <= set(rows.column_names) for rows in trainer.eval_dataset.values())
         trainer.train()
@@ -842,7 +870,8 @@ def test_without_a_reference_model_the_policy_before_the_first_step_is_precomput
         metrics.append((losses(trainer), trainer.evaluate()))
     agree(metrics[1][0], metrics[0][0], atol=1e-5)
     margin = metrics[0][1]["eval_rewards/margins"]
-    assert abs(margin) > 0.005 and metrics[1][1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-5)
+    assert abs(margin) > 0.005
+    assert metrics[1][1]["eval_rewards/margins"] == pytest.approx(margin, abs=1e-5)
 
 
 def test_another_set_after_training_needs_a_reference_that_is_still_there(make):
@@ -854,10 +883,11 @@ def test_another_set_after_training_needs_a_reference_that_is_still_there(make):
     for kind in ("another model", "trained adapter as it was"):
         margins = []
         for early in (True, False):
-            trainer = make(**REFERENCES[kind](), eval_rows=ROWS[:4], precompute_ref_log_probs=early, args=SGD)
+            trainer = make(**REFERENCES[kind](), eval_rows=ROWS[:4], args=SGD,
+                           precompute_ref_log_probs=early)
             trainer.train()
             margins.append(trainer.evaluate(other)["eval_rewards/margins"])
-            assert len(trainer.eval_dataset) == 4  # evaluate() doesn't replace the trainer's own set
+            assert len(trainer.eval_dataset) == 4  # the trainer keeps its own set
         assert margins[0] == pytest.approx(margins[1], abs=1e-5)
 
 
@@ -872,11 +902,12 @@ def test_precomputed_rows_can_be_saved_and_used_again(make, tmp_path):
     assert losses(trainer)[0] != pytest.approx(LN2, abs=1e-3)
 
 
-# ---------------------------------------------------------------------------- training
+# -------------------------------------------------------- training
 def test_accumulated_micro_batches_are_one_big_batch(make):
     ends = []
     for size, steps in ((5, 1), (2, 3)):  # 2 + 2 + 1 pairs
-        args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1, **SGD}
+        args = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps,
+                "max_steps": 1, **SGD}
         trainer = make("llama", hf_model("llama", seed=1), rows=ROWS[:5], args=args)
         trainer.train()
         ends.append((weights_of(trainer.model), trainer.state.log_history[0]))
@@ -888,7 +919,8 @@ def test_accumulated_micro_batches_are_one_big_batch(make):
 
 def test_one_step_of_sgd_goes_down_the_plain_gradient(make):
     models, plain_models = policy_and_reference("gpt2")
-    trainer = make(*models, args={"max_steps": 1, "per_device_train_batch_size": 6, "max_grad_norm": 0, **SGD})
+    args = {"max_steps": 1, "per_device_train_batch_size": 6, "max_grad_norm": 0, **SGD}
+    trainer = make(*models, args=args)
     policy, reference = (plain_logps(model, trainer) for model in plain_models)
     rewards = 0.1 * (policy - reference.detach())
     (-F.logsigmoid(rewards[0] - rewards[1])).mean().backward()
@@ -901,19 +933,24 @@ def test_one_step_of_sgd_goes_down_the_plain_gradient(make):
 def test_metrics_weigh_every_pair_alike_in_training_evaluation_and_prediction(make):
     trainer = make("gpt2", hf_model("gpt2", seed=1), rows=ROWS[:3], eval_rows=ROWS[:3],
                    compute_metrics=lambda prediction: {},
-                   args={"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 2})
-    policy, reference = (plain_logps(m, trainer).detach() for m in (trainer.model, trainer.ref_model))
+                   args={"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0,
+                         "per_device_eval_batch_size": 2})
+    models = trainer.model, trainer.ref_model
+    policy, reference = (plain_logps(model, trainer).detach() for model in models)
     rewards = 0.1 * (policy - reference)
     margins = rewards[0] - rewards[1]
     pair_losses = -F.logsigmoid(margins)
-    want = {"rewards/margins": margins, "rewards/chosen": rewards[0], "rewards/accuracies": (margins > 0).double(),
-            "logps/chosen": policy[0], "logps/rejected": policy[1]}
+    want = {"rewards/margins": margins, "rewards/chosen": rewards[0], "logps/chosen": policy[0],
+            "rewards/accuracies": (margins > 0).double(), "logps/rejected": policy[1]}
     trainer.train()
     (line,) = lines(trainer)
-    assert line["loss"] == pytest.approx((pair_losses[:2].mean() + pair_losses[2]).item() / 2, abs=1e-5)
-    for told, prefix in ((line, ""), (trainer.evaluate(), "eval_"), (trainer.evaluate(), "eval_")):
-        for name, values in {**want, **({"loss": pair_losses} if prefix else {})}.items():
-            assert told[prefix + name] == pytest.approx(values.mean().item(), abs=2e-5), (prefix, name)
+    two_steps = pair_losses[:2].mean() + pair_losses[2]
+    assert line["loss"] == pytest.approx(two_steps.item() / 2, abs=1e-5)
+    for name, values in want.items():
+        assert line[name] == pytest.approx(values.mean().item(), abs=2e-5), name
+    for told in (trainer.evaluate(), trainer.evaluate()):
+        for name, values in {**want, "loss": pair_losses}.items():
+            assert told[f"eval_{name}"] == pytest.approx(values.mean().item(), abs=2e-5), name
     told = trainer.predict(Dataset.from_list(ROWS[:3]))  # raw rows, prepared as those of evaluate
     agree(told.predictions, rewards.T, atol=1e-5)
     assert told.label_ids.tolist() == [0, 0, 0]  # the place of the chosen answer
@@ -925,9 +962,10 @@ def test_an_evaluation_between_two_log_lines_changes_neither(make):
     history = []
     for evaluates in ("no", "steps"):
         trainer = make("gpt2", hf_model("gpt2", seed=1), eval_rows=LONG_PROMPTS,
-                       args={"max_steps": 4, "logging_steps": 2, "eval_strategy": evaluates, "eval_steps": 1, **SGD})
+                       args={"max_steps": 4, "logging_steps": 2, "eval_strategy": evaluates,
+                             "eval_steps": 1, **SGD})
         trainer.train()
-        history.append([{key: value for key, value in line.items() if key != "epoch"} for line in lines(trainer)])
+        history.append(lines(trainer))
     assert len(history[0]) == 2 and history[0][0].keys() == history[1][0].keys()
     for without, between in zip(*history, strict=True):
         for key, value in without.items():
@@ -937,11 +975,12 @@ def test_an_evaluation_between_two_log_lines_changes_neither(make):
 def test_training_metrics_are_those_of_the_steps_since_the_last_line(make):
     every, second = [], []
     for steps, logged in ((1, every), (2, second)):
-        trainer = make("gpt2", hf_model("gpt2", seed=1), args={"max_steps": 4, "logging_steps": steps, **SGD})
+        args = {"max_steps": 4, "logging_steps": steps, **SGD}
+        trainer = make("gpt2", hf_model("gpt2", seed=1), args=args)
         trainer.train()
         logged += lines(trainer)
     for i, line in enumerate(second):
-        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "logits/chosen"):
+        for name in ("loss", "rewards/margins", "logps/rejected", "logits/chosen"):
             mean = (every[2 * i][name] + every[2 * i + 1][name]) / 2
             assert line[name] == pytest.approx(mean, rel=1e-4, abs=1e-6), name
 
@@ -971,12 +1010,13 @@ def test_bfloat16_begins_at_ln_2_and_learns(make):
 
 @pytest.mark.parametrize("early", (False, True), ids=("", "precomputed"))
 def test_every_pass_has_the_precision_asked_for(early, make):
-    models, seen = {name: hf_model("llama", seed) for seed, name in enumerate(("policy", "reference"))}, set()
+    models, seen = {"policy": hf_model("llama"), "reference": hf_model("llama", seed=1)}, set()
     for name, model in models.items():
         def note(*args, name=name):
-            seen.add((name, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
+            enabled = torch.is_autocast_enabled("cpu")
+            seen.add((name, torch.get_autocast_dtype("cpu") if enabled else None))
         model.get_decoder().layers[0].register_forward_pre_hook(note)
-    trainer = make(models["policy"], models["reference"], eval_rows=ROWS[:2], precompute_ref_log_probs=early,
+    trainer = make(*models.values(), eval_rows=ROWS[:2], precompute_ref_log_probs=early,
                    generate_during_eval=True, max_length=10, args={"bf16": True, "max_steps": 1})
     trainer.evaluate()  # before training, when Trainer has not wrapped the model yet
     trainer.train()
@@ -990,8 +1030,9 @@ def test_a_model_learns_six_pairs(arch, make):
     assert trainer.evaluate()["eval_rewards/accuracies"] == 1.0
 
 
-@pytest.mark.parametrize("kind, early", [("copy of the policy", False), ("copy of the policy", True),
-                                         ("trained adapter as it was", False)])
+@pytest.mark.parametrize("kind, early", [
+    ("copy of the policy", False), ("copy of the policy", True),
+    ("trained adapter as it was", False)])
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_losses_and_weights(kind, early, make):
     # a larger epsilon: Adam else turns a gradient of rounding noise into a whole step
     args = {"max_steps": 4, "adam_epsilon": 1e-5}
@@ -1001,12 +1042,12 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_losses_and_weights(k
     rest = make(**REFERENCES[kind](), args=args, precompute_ref_log_probs=early)
     rest.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-2")
     agree(losses(rest), losses(whole), rtol=0, atol=1e-6)
-    end = weights_of(rest.model)
-    assert all(torch.allclose(weight, end[name], atol=1e-6) for name, weight in weights_of(whole.model).items())
+    for a, b in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("init", (lambda: hf_model("gpt2", seed=4), lambda trial: hf_model("gpt2", seed=4)),
-                         ids=("", "trial"))
+@pytest.mark.parametrize("init", (lambda: hf_model("gpt2", seed=4),
+                                  lambda trial: hf_model("gpt2", seed=4)), ids=("", "trial"))
 def test_model_init_makes_the_model_and_its_reference(init, make):
     direct = make(hf_model("gpt2", seed=4))
     direct.train()
@@ -1018,11 +1059,12 @@ def test_model_init_makes_the_model_and_its_reference(init, make):
 
 def test_adapters_with_model_init_train_against_themselves_as_they_were(make):
     """Trainer makes the model anew for each run: the reference belongs to the one that trains."""
-    for given in ({"model": trained_lora()}, {"model": hf_model("gpt2"), "peft_config": gpt2_lora()}):
+    args = {"max_steps": 3, "per_device_train_batch_size": 6}
+    for model, adapter in ((trained_lora(), None), (hf_model("gpt2"), gpt2_lora())):
         told = []
-        model = given.pop("model")
-        for how in ({"model": copy.deepcopy(model)}, {"model": None, "model_init": lambda: copy.deepcopy(model)}):
-            trainer = make(**how, **given, args={"max_steps": 3, "per_device_train_batch_size": 6})
+        for init in (None, lambda: copy.deepcopy(model)):
+            given = None if init else copy.deepcopy(model)
+            trainer = make(given, model_init=init, peft_config=adapter, args=args)
             before = weights_of(trainer.model)
             trainer.train()
             assert all("lora_" in name for name in moved(before, trainer.model))
@@ -1033,7 +1075,8 @@ def test_adapters_with_model_init_train_against_themselves_as_they_were(make):
 
 def test_the_defaults_of_the_signature_can_be_used(tokenizer, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    trainer = DPOTrainer(hf_model("gpt2"), train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer)
+    rows = Dataset.from_list(ROWS)
+    trainer = DPOTrainer(hf_model("gpt2"), train_dataset=rows, processing_class=tokenizer)
     assert trainer.tokenizer is trainer.processing_class is tokenizer
 
 
@@ -1058,7 +1101,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_moves(make):
     assert moved(before, trainer.model) <= {"transformer.wte.weight"}
 
 
-# ---------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------- evaluation
 def test_several_evaluation_sets(make):
     sets = {"a": Dataset.from_list(ROWS[:2]), "b": Dataset.from_list(ROWS[2:])}
     trainer = make("gpt2", hf_model("gpt2", seed=1), eval_dataset=sets)
@@ -1079,9 +1122,10 @@ def test_compute_metrics_sees_both_rewards(make):
 
     told = make("gpt2", hf_model("gpt2", seed=1), eval_rows=ROWS, compute_metrics=metrics,
                 preprocess_logits_for_metrics=lambda rewards, labels: rewards * 2).evaluate()
-    assert seen[0].predictions.shape == (6, 2) and told["eval_right"] == told["eval_rewards/accuracies"]
-    for column, name in enumerate(ANSWERS):
-        assert seen[0].predictions[:, column].mean() == pytest.approx(2 * told[f"eval_rewards/{name}"], abs=1e-5)
+    assert seen[0].predictions.shape == (6, 2)
+    assert told["eval_right"] == told["eval_rewards/accuracies"]
+    want = [2 * told[f"eval_rewards/{name}"] for name in ANSWERS]
+    agree(seen[0].predictions.mean(0), want, atol=1e-5)
 
 
 def greedy(model):
@@ -1090,16 +1134,17 @@ def greedy(model):
     return model
 
 
-def test_samples_are_of_the_policy_and_of_the_reference_and_fill_max_length(make, tokenizer):
+def test_samples_are_of_the_policy_and_of_the_reference_and_fill_max_length(make, make_tokenizer):
+    tokenizer = make_tokenizer(pad_token="</s>")  # what is padding is known from the mask alone
     models = [greedy(hf_model("llama", seed)) for seed in (0, 1)]
-    trainer = make(*copy.deepcopy(models), max_length=14)
+    trainer = make(*copy.deepcopy(models), max_length=14, tokenizer=tokenizer)
     batch = batch_of(trainer)
     longest = batch["prompt_input_ids"].shape[1]
     got = trainer.get_batch_samples(trainer.model, batch)
     for model, texts in zip(models, got, strict=True):
         for text, tokens in zip(texts, trainer.train_dataset, strict=True):
             alone = torch.tensor([tokens["prompt_input_ids"]])
-            alone = model.eval().generate(alone, do_sample=False, top_k=None, max_new_tokens=14 - longest)
+            alone = model.eval().generate(alone, do_sample=False, max_new_tokens=14 - longest)
             want = tokenizer.decode(alone[0], skip_special_tokens=True)
             assert text.replace(" ", "") == want.replace(" ", "")
     assert got[0] != got[1]
@@ -1128,8 +1173,9 @@ def test_get_batch_samples_of_transformers_gives_micro_batches_and_their_pairs(m
 def test_samples_during_evaluation_change_no_number_of_the_training(make):
     told = []
     for samples in (False, True):
-        trainer = make("llama", eval_rows=ROWS[:2], generate_during_eval=samples, disable_dropout=False,
-                       max_length=12, args={"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, **SGD})
+        args = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, **SGD}
+        trainer = make("llama", eval_rows=ROWS[:2], generate_during_eval=samples, max_length=12,
+                       disable_dropout=False, args=args)
         trainer.train()
         told.append(losses(trainer))
     agree(*told)
@@ -1161,16 +1207,17 @@ def wandb(monkeypatch):
     module.log = module.logged.append
     module.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
-    monkeypatch.setattr("transformers.integrations.WandbCallback.setup", lambda *args, **kwargs: None)
+    integrations = "transformers.integrations.integration_utils"
+    monkeypatch.setattr(f"{integrations}.is_wandb_available", lambda: True)
+    monkeypatch.setattr(f"{integrations}.WandbCallback.setup", lambda *args, **kwargs: None)
     return module
 
 
 def test_samples_reach_the_trackers_and_the_file(make, wandb):
     from transformers.integrations import TensorBoardCallback, WandbCallback
     board = Board()
-    trainer = make(*(greedy(hf_model("gpt2", seed)) for seed in (0, 1)), eval_rows=ROWS[:1], max_length=14,
-                   generate_during_eval=True,
+    models = (greedy(hf_model("gpt2", seed)) for seed in (0, 1))
+    trainer = make(*models, eval_rows=ROWS[:1], max_length=14, generate_during_eval=True,
                    callbacks=[TensorBoardCallback(tb_writer=board), WandbCallback()])
     trainer.evaluate()
     batch = trainer.data_collator(list(trainer.eval_dataset))
@@ -1187,7 +1234,8 @@ def test_samples_reach_the_trackers_and_the_file(make, wandb):
 
 def test_samples_are_of_a_few_prompts_of_the_set_other_ones_at_other_steps(make):
     trainer = make("gpt2", eval_rows=ROWS, generate_during_eval=True, max_length=10,
-                   args={"per_device_eval_batch_size": 3, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3})
+                   args={"per_device_eval_batch_size": 3, "eval_strategy": "steps",
+                         "eval_steps": 1, "max_steps": 3})
     trainer.train()
     rows = Path(trainer.args.output_dir, "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in rows]
@@ -1198,18 +1246,25 @@ def test_samples_are_of_a_few_prompts_of_the_set_other_ones_at_other_steps(make)
     assert not shown[0] == shown[1] == shown[2]
 
 
-# ---------------------------------------------------------------------------- bad input
+# -------------------------------------------------------- bad input
 @pytest.mark.parametrize("kwargs, names", [
-    ({"loss_type": "dpo"}, "loss_type='dpo'"), ({"beta": -0.1}, "beta=-0.1"), ({"beta": 0}, "beta=0"),
-    ({"beta": math.nan}, "beta=nan"), ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
-    ({"label_smoothing": -0.1}, "label_smoothing=-0.1"), ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
-    ({"tokenizer": None}, "tokenizer"), ({"model_init": lambda: None}, "model_init"), ({"model": None}, "model"),
-    ({"model_init_kwargs": {}}, "model_init_kwargs"), ({"ref_model_init_kwargs": {}}, "ref_model_init_kwargs"),
+    ({"loss_type": "dpo"}, "loss_type='dpo'"),
+    ({"beta": -0.1}, "beta=-0.1"),
+    ({"beta": 0}, "beta=0"),
+    ({"beta": math.nan}, "beta=nan"),
+    ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
+    ({"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+    ({"truncation_mode": "middle"}, "truncation_mode='middle'"),
+    ({"tokenizer": None}, "tokenizer"),
+    ({"model": None}, "model"),
+    ({"model_init": lambda: None}, "model_init"),
+    ({"model_init_kwargs": {}}, "model_init_kwargs"),
+    ({"ref_model_init_kwargs": {}}, "ref_model_init_kwargs"),
     ({"ref_adapter_name": "other"}, "'other'"),
     ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
     ({"rows": [{"prompt": "w4", "chosen": "w5"}]}, "train_dataset.*rejected"),
-    ({"rows": [{"prompt": "w4", "chosen": "w5", "rejected": 7}]}, "row 0.*|rejected"),
-    ({"rows": [ROWS[0], {"prompt": None, "chosen": "w5", "rejected": "w6"}]}, "prompt.*None"),
+    ({"rows": [row("w4", "w5", 7)]}, "rejected.*7"),
+    ({"rows": [ROWS[0], row(None, "w5", "w6")]}, "prompt.*None"),
     ({"rows": None, "train_dataset": ROWS}, "train_dataset.*list")])
 def test_bad_input_names_the_argument_and_the_value(kwargs, names, make):
     with pytest.raises(InputError, match=names):
