@@ -251,6 +251,7 @@ class IterativeSFTTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
         self.current_gradient_accumulation_steps = 1
         self.seen = torch.zeros(2)  # sum of the losses and number of tokens of the evaluation that is under way
+        self.scores_to_log = {}  # of the round, where the caller has scores: `step` logs them
         super().train()  # makes everything ready, and comes to _inner_training_loop
 
     def train(self, *args, **kwargs):
@@ -308,11 +309,14 @@ class IterativeSFTTrainer(Trainer):
             losses, tokens, updates = losses + loss * n, tokens + n, updates + 1
             self.state.epoch = calls + min(start + size, len(batches)) / len(batches)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self._log_save_evaluate(grad_norm, learning_rate)
-            if self.control.should_epoch_stop or self.control.should_training_stop:
+            stop = self.control.should_epoch_stop or self.control.should_training_stop
+            if stop or start + size >= len(batches):
                 break
+            self._log_save_evaluate(grad_norm, learning_rate)
+        # One time for the last optimizer step and for the call: everything is logged before the checkpoint.
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         self._log_save_evaluate(grad_norm, learning_rate)
+        self._log_scores()
         if self.control.should_training_stop:  # max_steps, or a callback: loads the best model where asked, tells the trackers
             self._finalize_training(None, self.get_total_train_batch_size(self.args) * self.state.max_steps, self.start_time)
         return {"loss": (self.accelerator.reduce(losses, "mean") / tokens).item(), "grad_norm": float(grad_norm),
@@ -472,6 +476,17 @@ class IterativeSFTTrainer(Trainer):
         if self.args.eval_on_start:
             self._evaluate(None, None, skip_scheduler=True)
 
+    def _log_scores(self):
+        """Log the scores of the round, once: before its checkpoint, or else at the end of `step`."""
+        scores, self.scores_to_log = self.scores_to_log, {}
+        if scores:
+            self.log(scores)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        """Save a checkpoint. A run that is killed after it has lost no line of metrics.jsonl."""
+        self._log_scores()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _log_save_evaluate(self, grad_norm, learning_rate):
         self._maybe_log_save_evaluate(self._tr_loss, grad_norm, self.model_wrapped, None, self.state.epoch, None, self.start_time,
                                       learning_rate=learning_rate)
@@ -539,8 +554,9 @@ def answer(trainer, reward, rows, n, seed):
     decode = lambda ids: trainer.tokenizer.decode(ids, skip_special_tokens=True)
     answers = sample(trainer.model, trainer.tokenizer, [row["input_ids"] for row in rows], n, trainer.args)
     texts = [[decode(y) for y in group] for group in answers]
-    between = " " if trainer.seq2seq else ""
-    whole = [decode(row["input_ids"]) + between + text for row, group in zip(rows, texts) for text in group]
+    # A query and its answer are decoded together: a decoder may drop the space that a text begins with.
+    whole = [f"{decode(row['input_ids'])} {decode(y)}" if trainer.seq2seq else decode([*row["input_ids"], *y.tolist()])
+             for row, group in zip(rows, answers) for y in group]
     scores = torch.stack(reward(whole))
     for score, text in zip(scores.tolist(), whole):
         if not math.isfinite(score):
@@ -563,12 +579,11 @@ def learn_a_round(trainer, reward, prompts):
             x = torch.tensor(row["input_ids"])
             input_ids.append(x if trainer.seq2seq else torch.cat([x, y]))
             labels.append(y if trainer.seq2seq else torch.cat([torch.full_like(x, IGNORE), y]))
-    stats = trainer.step(input_ids=input_ids, labels=labels)
     everyone, chosen = (trainer.accelerator.gather(x.to(config.device)) for x in (scores, scores.gather(1, best)))
     told = {"objective/scores": everyone.mean().item(), "objective/scores_std": everyone.std().item(),
             "objective/scores_best": chosen.mean().item()}
-    trainer.log(dict(told))
-    return {**stats, **told}
+    trainer.scores_to_log = dict(told)
+    return {**trainer.step(input_ids=input_ids, labels=labels), **told}
 
 
 def show_samples(trainer, reward, rows, title, out):
@@ -600,6 +615,7 @@ def main(config: IterativeSFTConfig):
     out = Path(config.output_dir)
     checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
     writable_folder(out, fresh=not checkpoint)
+    finished = (out / "README.md").exists()  # the model card is written last
     set_seed(config.seed)
     tokenizer, model = load_language_model(config.model_name or str(TOY / "model"), config.torch_dtype)
     seq2seq = model.config.is_encoder_decoder
@@ -620,10 +636,13 @@ def main(config: IterativeSFTConfig):
     reward = load_reward(config.reward_model or TOY / "reward", config.reward_label, config.device)
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
-        if trainer.state.epoch % 1:
+        done = trainer.state.global_step >= config.max_steps  # killed after the last checkpoint: only the end is missing
+        if trainer.state.epoch % 1 and not done:
             raise InputError(f"checkpoint {checkpoint} was written within a round, whose answers are gone: give another one")
-        if trainer.state.global_step >= config.max_steps:
+        if done and finished:
             raise InputError(f"checkpoint {checkpoint} is the end of its run: raise --num-train-epochs or --max-steps to go on")
+        if done:
+            trainer._begin()  # opens metrics.jsonl
     else:
         show_samples(trainer, reward, prompts[:8], "before training", out)
     stats = {}
