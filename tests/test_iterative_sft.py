@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForCausalLM, AutoTokenizer,
-                          DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, EarlyStoppingCallback, GPT2Config,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling,
+                          DataCollatorForSeq2Seq, EarlyStoppingCallback, GPT2Config,
                           GPT2ForSequenceClassification, GPT2LMHeadModel, MixtralConfig,
                           MixtralForCausalLM, T5Config, T5ForConditionalGeneration,
                           TrainerCallback, TrainingArguments)
@@ -21,9 +21,10 @@ from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from iterative_sft import IterativeSFTTrainer, best_of, cross_entropy, next_tokens
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_isft.json").read_text())
-IGNORE = -100  # the label of a token that is not learnt
+IGNORE = -100  # the label of a token that is not trained on
 # Plain SGD: a weight changes by the learning rate times the gradient, so no factor is hidden.
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+COLLATORS = (DataCollatorForLanguageModeling, DataCollatorForSeq2Seq)
 
 
 def tokens(*lengths, seed=0):
@@ -36,7 +37,7 @@ def text(ids):
 
 
 def without_prompt(row, length):
-    """Labels of a row whose first tokens are not learnt."""
+    """Labels of a row whose first tokens are not trained on."""
     return torch.cat([torch.full((length,), IGNORE), row[length:]])
 
 
@@ -44,13 +45,15 @@ def still(arch="gpt2", **changes):
     """A model without dropout, for losses that can be computed again."""
     off = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "t5": ("dropout_rate",),
            "bart": ("dropout", "attention_dropout", "activation_dropout")}
-    return hf_model(arch, **{name: 0.0 for name in off.get(arch, ("attention_dropout",))}, **changes)
+    names = off.get(arch, ("attention_dropout",))
+    return hf_model(arch, **{name: 0.0 for name in names}, **changes)
 
 
 def lora(model):
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
 
 
 def as_dataset(rows):
@@ -97,15 +100,17 @@ def watched(trainer):
 def batches_of(trainer):
     """A list that fills with the input_ids of each forward pass of the trainer's model."""
     seen = []
-    trainer.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0]),
-        with_kwargs=True)
+
+    def keep(module, args, kwargs):
+        seen.append(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+    trainer.model.register_forward_pre_hook(keep, with_kwargs=True)
     return seen
 
 
-# ----------------------------------------------------------------- a plain computation to compare with
+# ----------------------------------------------------------------- a plain computation
 def row_loss(model, ids, labels=None):
-    """Sum of -log p over the learnt tokens of one row, alone and without padding, and their number."""
+    """Sum of -log p over the labels of one row, without padding, and their number."""
     labels = ids if labels is None else labels
     if model.config.is_encoder_decoder:
         start = torch.tensor([model.config.decoder_start_token_id])
@@ -145,7 +150,7 @@ def step_of(trainer, *args, **kwargs):
 
 
 def assert_same_change(got, want, rel=1e-3):
-    """float32 sums in another order differ by about 1e-6 of the largest; a mistake is 1e-2 or more."""
+    """float32 sums in another order differ by about 1e-6 of the largest; a mistake is 1e-2."""
     whole = norm(want)
     for name, change in want.items():
         error = (got[name] - change).norm().item()
@@ -193,8 +198,8 @@ def test_the_best_answers_come_first_and_the_earlier_of_equal_ones():
 
 # ----------------------------------------------------------------- the update
 @pytest.mark.parametrize("arch", [*CAUSAL, *SEQ2SEQ])
-def test_an_update_follows_the_gradient_of_the_mean_over_all_learnt_tokens(make, arch):
-    """Rows of unequal length in micro-batches of unequal size, prompts not learnt: one mean."""
+def test_an_update_follows_the_gradient_of_the_mean_over_all_tokens_with_a_label(make, arch):
+    """Rows of unequal length in micro-batches of unequal size, no label on prompts: one mean."""
     trainer = make(arch, per_device_train_batch_size=2, gradient_accumulation_steps=2, **SGD)
     rows, answers = tokens(3, 14, 6), tokens(7, 2, 4, seed=1)
     labels = answers if arch in SEQ2SEQ else [without_prompt(row, 2) for row in rows]
@@ -217,7 +222,7 @@ def test_statistics_of_a_call_are_means_over_tokens_of_all_its_optimizer_steps(m
     assert stats["tokens"] == 2 + 14 + 3 + 8 and stats["optimizer_steps"] == 2
 
 
-def test_each_optimizer_step_takes_batch_size_times_accumulation_rows_and_the_last_what_is_left(make):
+def test_an_optimizer_step_takes_batch_size_times_accumulation_rows_or_what_is_left(make):
     trainer = make(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     seen = batches_of(trainer)
     watch = watched(trainer)
@@ -277,7 +282,7 @@ def test_adamw_has_the_betas_epsilon_and_weight_decay_of_the_arguments(make):
     assert_same_change({name: start[name] - p for name, p in state_of(trainer).items()}, want)
 
 
-def test_an_optimizer_and_a_schedule_of_ones_own_are_used(make):
+def test_the_callers_optimizer_and_schedule_are_used(make):
     model = still()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1**step)
@@ -286,7 +291,8 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used(make):
     want = gradient(plain, mean_loss(plain, rows))
     stats, change = step_of(trainer, rows)
     assert_same_change(change, {name: 0.5 * g for name, g in want.items()})
-    assert [stats["learning_rate"], trainer.step(rows)["learning_rate"]] == pytest.approx([0.5, 0.05])
+    rates = [stats["learning_rate"], trainer.step(rows)["learning_rate"]]
+    assert rates == pytest.approx([0.5, 0.05])
 
 
 def test_label_smoothing_reaches_the_update(make):
@@ -302,9 +308,10 @@ def test_label_smoothing_reaches_the_update(make):
 def test_a_mixture_of_experts_keeps_its_balance_whatever_the_accumulation(make):
     """The auxiliary loss is the mean over the micro-batches, times its coefficient."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
-             "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": PAD}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "num_local_experts": 4, "max_position_embeddings": 64, "initializer_range": 0.2,
+             "pad_token_id": PAD}
     config = MixtralConfig(**sizes, output_router_logits=True, router_aux_loss_coef=0.3)
     model = MixtralForCausalLM(config)
     trainer = make(model, per_device_train_batch_size=1, gradient_accumulation_steps=3, **SGD)
@@ -353,7 +360,7 @@ def test_gradients_stay_on_the_parameters_where_the_optimizer_zeroes_them(make):
 
 
 def test_the_device_cache_is_emptied_after_each_optimizer_step_if_asked(make, monkeypatch):
-    """There is no GPU here: accelerate is made to believe in one."""
+    """There is no GPU here: accelerate is made to see one."""
     calls = []
     trainers = [make(parts={"optimize_device_cache": on}, per_device_train_batch_size=1)
                 for on in (False, True)]
@@ -416,13 +423,13 @@ def test_labels_default_to_the_inputs(make):
     assert make().step(texts=words) == make().step(rows)
 
 
-def test_labels_of_texts_are_what_an_encoder_decoder_learns(make):
+def test_labels_of_texts_are_what_an_encoder_decoder_is_trained_on(make):
     x, y = tokens(6, 4), tokens(3, 5, seed=1)
     by_text = make("t5").step(texts=list(map(text, x)), texts_labels=list(map(text, y)))
     assert by_text == make("t5").step(x, labels=y)
 
 
-def test_labels_of_texts_are_what_a_causal_model_learns(make):
+def test_labels_of_texts_are_what_a_causal_model_is_trained_on(make):
     x, y = tokens(6, 4), tokens(6, 4, seed=1)
     by_text = make().step(texts=list(map(text, x)), texts_labels=list(map(text, y)))
     assert by_text == make().step(x, labels=y)
@@ -501,8 +508,9 @@ def test_arguments_have_a_default(tokenizer, tmp_path, monkeypatch, weights, mov
     assert moved(before, model)
 
 
-@pytest.mark.parametrize("collator", [None, DataCollatorForLanguageModeling, DataCollatorForSeq2Seq])
-def test_an_end_of_sequence_that_pads_is_learnt_where_it_ends_a_text(make, make_tokenizer, collator):
+@pytest.mark.parametrize("collator", [None, *COLLATORS])
+def test_an_end_of_sequence_that_pads_is_trained_on_where_it_ends_a_text(make, make_tokenizer,
+                                                                     collator):
     tokenizer = make_tokenizer(pad_token="</s>")
     kwargs = {"mlm": False} if collator is DataCollatorForLanguageModeling else {}
     trainer = make(parts={"tokenizer": tokenizer,
@@ -514,8 +522,8 @@ def test_an_end_of_sequence_that_pads_is_learnt_where_it_ends_a_text(make, make_
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("collator", [DataCollatorForLanguageModeling, DataCollatorForSeq2Seq])
-def test_a_collator_of_ones_own_gives_the_same_numbers_on_either_side(make, make_tokenizer, side,
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_the_callers_collator_gives_the_same_numbers_on_either_side(make, make_tokenizer, side,
                                                                       collator):
     tokenizer, rows = make_tokenizer(padding_side=side), tokens(5, 9, 3)
     labels = [without_prompt(row, 2) for row in rows]
@@ -528,12 +536,14 @@ def test_a_collator_of_ones_own_gives_the_same_numbers_on_either_side(make, make
     assert_same_change(change, want_change)
 
 
-def test_a_collator_may_make_labels_of_its_own(make):
+def test_the_callers_collator_may_make_its_own_labels(make):
     def last_token_only(rows):
         ids = [row["input_ids"] for row in rows]
         labels = [without_prompt(row, len(row) - 1) for row in ids]
-        return {"input_ids": pad_sequence(ids, True, PAD), "labels": pad_sequence(labels, True, IGNORE),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0)}
+        masks = [torch.ones_like(row) for row in ids]
+        return {"input_ids": pad_sequence(ids, True, PAD),
+                "labels": pad_sequence(labels, True, IGNORE),
+                "attention_mask": pad_sequence(masks, True, 0)}
 
     rows = tokens(5, 9, 3)
     stats = make(parts={"data_collator": last_token_only}).step(rows)
@@ -541,7 +551,7 @@ def test_a_collator_may_make_labels_of_its_own(make):
     assert stats["tokens"] == 3 and stats["loss"] == pytest.approx(want.item(), rel=1e-5)
 
 
-# ----------------------------------------------------------------- steps, schedule, logging, callbacks
+# ----------------------------------------------------------------- schedule, logging, callbacks
 def test_global_step_max_steps_and_schedule_count_optimizer_steps(make):
     trainer = make(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4,
                    lr_scheduler_type="linear")
@@ -559,7 +569,7 @@ def test_warmup_counts_optimizer_steps(make):
 
 
 def test_a_schedule_that_waits_for_evaluations_gets_their_loss(make):
-    """Weights that do not move: each evaluation after the first is no better and halves the rate."""
+    """Weights do not move, so each evaluation after the first is no better: half the rate."""
     trainer = make(parts={"eval_dataset": as_dataset(tokens(6))}, eval_strategy="epoch",
                    lr_scheduler_type="reduce_lr_on_plateau", optim="sgd", learning_rate=1e-12,
                    lr_scheduler_kwargs={"factor": 0.5, "patience": 0, "eps": 0.0},
@@ -593,7 +603,7 @@ def test_a_line_of_the_log_is_the_mean_over_its_optimizer_steps(make):
         assert log["learning_rate"] == b["learning_rate"] and log["epoch"] == log["step"]
 
 
-def test_a_call_is_an_epoch_and_its_optimizer_steps_are_parts_of_it(make):
+def test_a_call_is_an_epoch_and_its_optimizer_steps_are_fractions_of_it(make):
     trainer = make(per_device_train_batch_size=1, gradient_accumulation_steps=2,
                    logging_strategy="steps", logging_steps=1)
     watch = watched(trainer)
@@ -645,7 +655,8 @@ def test_a_checkpoint_holds_all_that_was_logged_up_to_it(make, tmp_path, save):
 def test_a_callback_may_end_the_training_and_the_best_model_is_loaded(make):
     trainer = make(parts={"eval_dataset": Dataset.from_list([{"input_ids": [5, 6, 7]}])},
                    learning_rate=10.0, eval_strategy="epoch", save_strategy="epoch",
-                   load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
+                   load_best_model_at_end=True, metric_for_best_model="loss",
+                   greater_is_better=False)
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=1))
     for _ in range(6):
         if trainer.control.should_training_stop:
@@ -690,7 +701,8 @@ def test_a_resumed_run_gives_the_numbers_of_the_uninterrupted_one(make, adapter,
     watch = watched(again)
     assert again.state.global_step == 2 and again.state.epoch == 2
     assert [again.step(call) for call in calls[2:]] == want[2:]
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters()))
+    ends = state_of(whole), state_of(again)
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
     losses = [(log["step"], log["loss"]) for log in whole.state.log_history if "loss" in log]
     assert [(log["step"], log["loss"]) for log in watch.logs if "loss" in log] == losses[2:]
 
@@ -716,11 +728,12 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(make, tmp_path, spoil):
 
 # ----------------------------------------------------------------- evaluation
 @pytest.mark.parametrize("arch", ["gpt2", "t5"])
-def test_the_evaluation_loss_is_the_mean_over_all_learnt_tokens(make, arch):
-    """However rows fall into batches, and in each evaluation anew."""
+def test_the_evaluation_loss_is_the_mean_over_all_tokens_with_a_label(make, arch):
+    """However rows fall into batches, and in each evaluation."""
     x, y = tokens(3, 15, 6), tokens(9, 2, 4, seed=1)
     y = y if arch == "t5" else [without_prompt(row, 2) for row in x]
-    data = Dataset.from_list([{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(x, y)])
+    data = Dataset.from_list([{"input_ids": a.tolist(), "labels": b.tolist()}
+                              for a, b in zip(x, y)])
     want = pytest.approx(mean_loss(still(arch), x, y).item(), rel=1e-5)
     for size in (1, 2, 3):
         trainer = make(arch, {"eval_dataset": data}, per_device_eval_batch_size=size)
@@ -740,7 +753,8 @@ def test_an_evaluation_set_may_hold_texts(make):
     texts = Dataset.from_list([{"text": text(row)} for row in rows])
     want = pytest.approx(mean_loss(still(), rows).item(), rel=1e-5)
     assert make(parts={"eval_dataset": texts}).evaluate()["eval_loss"] == want
-    texts = Dataset.from_list([{"text": text(x), "text_labels": text(y)} for x, y in zip(rows, answers)])
+    texts = Dataset.from_list([{"text": text(x), "text_labels": text(y)}
+                               for x, y in zip(rows, answers)])
     want = pytest.approx(mean_loss(still("t5"), rows, answers).item(), rel=1e-5)
     assert make("t5", {"eval_dataset": texts}).evaluate()["eval_loss"] == want
 
@@ -769,14 +783,15 @@ def test_metrics_are_computed_from_all_logits(make):
     assert metrics["eval_loss"] == pytest.approx(mean_loss(still(), rows).item(), rel=1e-5)
 
 
-# ----------------------------------------------------------------- the recorded numbers of TRL 0.7.10
+# ----------------------------------------------------------------- the numbers of TRL 0.7.10
 def fill(model, seed, scale):
     """Draw weights from a generator whose stream is frozen, name after name; norms around 1."""
     draw = np.random.RandomState(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             ones = "weight" in name and ("ln_" in name or "layer_norm" in name)
-            p.copy_(torch.tensor(scale * draw.standard_normal(tuple(p.shape)), dtype=torch.float32) + ones)
+            drawn = torch.tensor(scale * draw.standard_normal(tuple(p.shape)), dtype=torch.float32)
+            p.copy_(drawn + ones)
     return model
 
 
@@ -884,7 +899,7 @@ def test_bad_rows_are_an_error_before_any_weight_has_moved(make, call, names):
     assert all(torch.equal(before[name], p) for name, p in state_of(trainer).items())
 
 
-def test_a_step_after_bad_rows_is_as_if_they_had_not_been(make):
+def test_a_step_after_bad_rows_is_as_without_them(make):
     trainer = make(**SGD)
     with pytest.raises(InputError):
         trainer.step([IDS[0], IDS[0][:1]])
@@ -908,7 +923,7 @@ def test_a_model_that_is_no_language_model_is_refused(make):
         IterativeSFTTrainer()
 
 
-def test_a_row_whose_learnt_tokens_are_all_cut_off_is_named_with_the_cut(make):
+def test_a_row_whose_labels_are_all_cut_off_is_named_with_the_cut(make):
     labels = torch.cat([IDS[0][:2], torch.full_like(IDS[0][2:], IGNORE)])
     with pytest.raises(InputError, match=r"input_ids\[0\].*max_length=3"):
         make(parts={"max_length": 3}).step([IDS[0]], labels=[labels])
@@ -919,7 +934,7 @@ def test_warmup_as_a_fraction_needs_max_steps(make):
         make(max_steps=-1, warmup_steps=0.1)
 
 
-def test_a_tokenizer_without_pad_is_good_enough(make, make_tokenizer):
+def test_a_tokenizer_needs_no_pad_token(make, make_tokenizer):
     bare = make_tokenizer(pad_token=None)
     assert make(parts={"tokenizer": bare}).step(tokens(5, 9)) == make().step(tokens(5, 9))
     with pytest.raises(InputError, match="data_collator"):

@@ -1,4 +1,4 @@
-"""iterative_sft.py, the script: rounds of sampling and learning, output files, kills, and two ranks."""
+"""iterative_sft.py, the script: rounds, output files, kills, and two ranks."""
 import functools
 import json
 import os
@@ -54,7 +54,7 @@ def write_prompts(path, *queries):
     return str(path)
 
 
-# A reward that keeps the texts it is shown, and fails after so many of them if a file asks for it.
+# A reward that keeps the texts it is shown. A file `stop` holds the number after which it fails.
 REWARD = '''
 import json, os
 from pathlib import Path
@@ -100,14 +100,14 @@ QUERIES = ("the plot was", "i thought the pacing was", "the editing was", "in sh
 
 
 @pytest.mark.parametrize("num_best", [1, 2])
-def test_a_round_learns_the_best_answers_of_each_prompt_and_no_prompt(tmp_path, reward, monkeypatch,
+def test_a_round_trains_on_the_best_answers_of_each_prompt(tmp_path, reward, monkeypatch,
                                                                       num_best):
-    learnt, forward = [], GPT2LMHeadModel.forward
+    trained_on, forward = [], GPT2LMHeadModel.forward
 
     @functools.wraps(forward)
     def watched(self, *args, **kwargs):
         if self.training:
-            learnt.extend(kwargs["input_ids"].tolist())
+            trained_on.extend(kwargs["input_ids"].tolist())
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
@@ -126,7 +126,7 @@ def test_a_round_learns_the_best_answers_of_each_prompt_and_no_prompt(tmp_path, 
 
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     model, rows, labels = AutoModelForCausalLM.from_pretrained(TOY / "model"), [], []
-    for row in learnt:
+    for row in trained_on:
         row = torch.tensor(row)
         row = row[:row.nonzero().max() + 1]  # without padding, whose id is 0
         (query,) = [q for q in QUERIES if tokenizer.decode(row).startswith(q)]
@@ -169,10 +169,11 @@ def most_likely(model, query, length, ends):
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2 with dropout", "gpt2, the model's end",
                                   "gpt2, the tokenizer's end", "t5"])
-def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, reward, tokenizer, kind):
+def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, reward, tokenizer,
+                                                                    kind):
     """Whatever the padding, the order of lengths, dropout, and settings for chats that a model has.
 
-    Answers end with the first end token, and that one is learnt too."""
+    Answers end with the first end token, and that one is trained on too."""
     arch = kind.split()[0].strip(",")
     model = still(arch, **({"initializer_factor": 3.0} if arch == "t5" else {}))
     if "dropout" in kind:
@@ -192,9 +193,9 @@ def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, re
     prompts = write_prompts(tmp_path / "q.jsonl", *map(tokenizer.decode, queries))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     stats = main(small(tmp_path / "out", model_name=str(tmp_path / "model"), query_dataset=prompts,
-                       reward_model=reward.name, temperature=1e-3, prompts_per_round=5, num_samples=2,
-                       num_train_epochs=2, max_new_tokens=5, generation_batch_size=4,
-                       per_device_train_batch_size=5, **FROZEN))
+                       reward_model=reward.name, temperature=1e-3, prompts_per_round=5,
+                       num_samples=2, num_train_epochs=2, max_new_tokens=5,
+                       generation_batch_size=4, per_device_train_batch_size=5, **FROZEN))
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
@@ -214,7 +215,8 @@ def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, re
         assert stats["loss"] == pytest.approx(mean_loss(model, rows, labels).item(), rel=1e-4)
 
 
-def test_answers_are_drawn_from_the_models_distribution_at_the_temperature(tmp_path, reward, tokenizer):
+def test_answers_are_drawn_from_the_models_distribution_at_the_temperature(tmp_path, reward,
+                                                                           tokenizer):
     """Whatever top-k and top-p its generation config has."""
     model, query = still(), [17, 5]
     with torch.no_grad():
@@ -230,19 +232,20 @@ def test_answers_are_drawn_from_the_models_distribution_at_the_temperature(tmp_p
                max_new_tokens=1, num_train_epochs=1, save_strategy="no"))
     words = [text.split()[2:] for text in reward.texts()[1:-1]]
     assert len(words) == 4000
-    drawn = torch.tensor([int(word[0][1:]) for word in words if word])  # special tokens have no word
-    share = torch.bincount(drawn, minlength=len(want)) / 4000
-    # the standard deviation of a share of 4000 draws is at most 0.008
-    assert (share - want)[4:].abs().max() < 0.035
+    # special tokens have no word
+    drawn = torch.tensor([int(word[0][1:]) for word in words if word])
+    fraction = torch.bincount(drawn, minlength=len(want)) / 4000
+    # the standard deviation of a fraction of 4000 draws is at most 0.008
+    assert (fraction - want)[4:].abs().max() < 0.035
 
 
 def test_prompts_are_drawn_in_random_order_and_each_comes_once_per_pass(tmp_path, reward):
     queries = [f"the {word} was" for word in ("plot", "editing", "pacing", "music", "ending")]
     prompts, passes = write_prompts(tmp_path / "q.jsonl", *queries), []
     for seed in (1, 10):
-        main(small(tmp_path / f"out{seed}", query_dataset=prompts, reward_model=reward.name, seed=seed,
-                   prompts_per_round=2, num_samples=1, num_train_epochs=5, max_new_tokens=1,
-                   save_strategy="no", **FROZEN))
+        main(small(tmp_path / f"out{seed}", query_dataset=prompts, reward_model=reward.name,
+                   seed=seed, prompts_per_round=2, num_samples=1, num_train_epochs=5,
+                   max_new_tokens=1, save_strategy="no", **FROZEN))
         texts = reward.texts()[-15:-5]
         drawn = [next(q for q in queries if text.startswith(q)) for text in texts]
         passes += [drawn[:5], drawn[5:]]
@@ -250,7 +253,7 @@ def test_prompts_are_drawn_in_random_order_and_each_comes_once_per_pass(tmp_path
     assert len(set(map(tuple, passes))) == 4
 
 
-def test_each_round_draws_answers_of_its_own_and_each_run_the_same(tmp_path, reward):
+def test_each_round_draws_new_answers_and_each_run_the_same(tmp_path, reward):
     """With weights that don't move. The samples before and after training are alike then."""
     prompts, runs = write_prompts(tmp_path / "q.jsonl", QUERIES[0]), []
     for number, seed in enumerate((1, 1, 2)):
@@ -371,8 +374,8 @@ def assert_same_run(cut, whole):
 
 @pytest.mark.parametrize("shown", [8 + 12 + 12, 8 + 12 + 12 + 12],
                          ids=["in the third round", "after the last checkpoint"])
-def test_a_run_that_ends_early_is_resumed_to_exactly_the_same_numbers(tmp_path, reward, shown):
-    """The reward fails after 8 samples and so many answers; 2 rounds, or all 3, are saved then."""
+def test_a_run_that_ends_early_is_resumed_to_the_same_numbers(tmp_path, reward, shown):
+    """The reward fails when two rounds are saved, or all three."""
     (tmp_path / "held_out.jsonl").write_text('{"text": "the plot was dull."}\n')
     fields = {"eval_dataset": str(tmp_path / "held_out.jsonl"), "eval_strategy": "epoch"}
     whole, cut = whole_run(tmp_path, **fields), tmp_path / "cut"
@@ -447,7 +450,8 @@ def test_bad_settings_are_an_error_of_one_sentence(tmp_path, fields, names):
 
 
 def test_a_score_that_is_no_number_is_an_error_with_its_text(tmp_path):
-    (tmp_path / "r.py").write_text("def score(texts):\n    return [float('nan') for text in texts]\n")
+    code = "def score(texts):\n    return [float('nan') for text in texts]\n"
+    (tmp_path / "r.py").write_text(code)
     with pytest.raises(InputError, match="reward_model.*nan.*to me the plot was"):
         main(small(tmp_path / "out", reward_model=f"{tmp_path}/r.py:score"))
 
@@ -530,7 +534,7 @@ def test_two_ranks_are_one_process_with_the_same_rows(two_ranks, tmp_path):
     assert all(torch.equal(p, two[1]["change"][name]) for name, p in two[0]["change"].items())
 
 
-def test_ranks_share_out_the_prompts_and_log_the_scores_of_all(two_ranks):
+def test_ranks_divide_the_prompts_and_log_the_scores_of_all(two_ranks):
     texts = [Reward(two_ranks / "whole").texts(rank) for rank in (0, 1)]
     answers = [shown[8:8 + 12] for shown in texts]  # of the first round, after 8 samples
     queries = [f"the {noun} was" for noun in NOUNS]
@@ -544,7 +548,7 @@ def test_ranks_share_out_the_prompts_and_log_the_scores_of_all(two_ranks):
     assert first["objective/scores_best"] == pytest.approx(best, rel=1e-5)
 
 
-def test_ranks_draw_answers_of_their_own(two_ranks):
+def test_each_rank_draws_its_own_answers(two_ranks):
     """Both have the same prompt four times in their first round."""
     first, second = [Reward(two_ranks / "one").texts(rank)[1:13] for rank in (0, 1)]
     assert sum(a != b for a, b in zip(first, second, strict=True)) > 6
