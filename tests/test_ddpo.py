@@ -1,4 +1,4 @@
-"""ddpo.py from the formula of one step to whole epochs, on a pipeline of 30,000 weights made here."""
+"""ddpo.py from the formula of one step to whole epochs, on a pipeline of 30,000 weights."""
 import copy
 import io
 import json
@@ -56,7 +56,8 @@ def tiny(tmp_path_factory):
 def make_pipeline(tiny):
     """make_pipeline(use_lora=False, **changes of the scheduler)"""
     def make(use_lora=False, lora_alpha=4, **scheduler):
-        pipeline = DefaultDDPOStableDiffusionPipeline(tiny, use_lora=use_lora, lora_alpha=lora_alpha)
+        pipeline = DefaultDDPOStableDiffusionPipeline(
+            tiny, use_lora=use_lora, lora_alpha=lora_alpha)
         config = {**pipeline.scheduler.config, **scheduler}
         pipeline.sd_pipeline.scheduler = DDIMScheduler.from_config(config)
         return pipeline
@@ -543,7 +544,8 @@ def test_ratio_kl_and_clipfrac_against_old_log_probabilities_worked_by_hand(make
     # the policy now finds the samples exp(0.3) and exp(-0.1) times as likely as the made-up old one
     old = call.log_probs - torch.tensor([0.3, -0.1])
     loss, approx_kl, clipfrac = trainer.calculate_loss(
-        call.latents, call.timesteps, call.next_latents, old, torch.tensor([2.0, -1.0]), call.embeds)
+        call.latents, call.timesteps, call.next_latents, old, torch.tensor([2.0, -1.0]),
+        call.embeds)
     assert loss.item() == pytest.approx((-2 * 1.2 + math.exp(-0.1)) / 2, rel=1e-3)
     assert approx_kl.item() == pytest.approx(0.5 * (0.09 + 0.01) / 2, rel=1e-3)
     assert clipfrac.item() == 0.5
