@@ -15,6 +15,7 @@ import ddpo  # before diffusers: it hides what diffusers prints when it is impor
 
 # isort: split
 import accelerate
+import datasets
 import pytest
 import torch
 import transformers
@@ -217,7 +218,8 @@ def shown(folder):
 
 def killed_runs(folder):
     """A LoRA run dies while it scores epoch 4, a full one when checkpoint 3 is half saved."""
-    transformers.utils.logging.disable_progress_bar()  # as the command line does
+    transformers.utils.logging.disable_progress_bar()  # both as the command line does
+    datasets.disable_progress_bars()
     for kind in KINDS:
         (folder / kind).mkdir()
         child = os.fork()
