@@ -497,6 +497,8 @@ def plain_updates(trainer, unet, calls_per_update):
         torch.nn.utils.clip_grad_norm_(parameters, c.train_max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    # what was sampled is what the first update scores
+    assert max(approx_kl for _, approx_kl, _ in results[:calls_per_update]) < 1e-9
     return np.mean(results, axis=0)
 
 
