@@ -291,9 +291,10 @@ class OwnNoise(DefaultDDPOStableDiffusionPipeline):
 EIGHT = ["a red circle", "a blue square", "a green triangle", "a yellow circle"] * 2
 
 
-def reward_of_prompt_and_image(images, prompts, metadata):
-    # far apart: a spread of rewards near 0 would magnify the rounding of the images
-    return [len(prompt) + image.mean().item() for prompt, image in zip(prompts, images)]
+def reward_of_number_and_image(images, prompts, numbers):
+    # far apart, for the same prompt too: advantages divide by the spread of the rewards, and a
+    # spread near 0 would magnify the rounding of the images
+    return [3 * number % 7 + image.mean().item() for number, image in zip(numbers, images)]
 
 
 def two_epochs(folder, kind, rank, ranks):
@@ -305,16 +306,21 @@ def two_epochs(folder, kind, rank, ranks):
     pipeline = OwnNoise(TOY / "pipeline", use_lora=kind == "lora", lora_alpha=16)
     pipeline.numbers = itertools.count(rank, ranks)
     before = {name: p.detach().clone() for name, p in pipeline.unet.named_parameters()}
-    prompts = itertools.cycle(EIGHT[rank::ranks])
+    samples = itertools.count(rank, ranks)
+
+    def next_prompt():
+        number = next(samples)
+        return EIGHT[number % 8], number
+
     config = DDPOConfig(
         sample_num_steps=3, sample_batch_size=4 // ranks, sample_num_batches_per_epoch=2,
         train_batch_size=2, train_gradient_accumulation_steps=4 // ranks,
         train_num_inner_epochs=2, train_clip_range=0.05, train_max_grad_norm=1.0,
         train_adam_beta1=0.0, train_adam_epsilon=1e4, train_adam_weight_decay=0.0,
-        train_learning_rate=1e3 if kind == "lora" else 30.0,
+        train_learning_rate=1e3 if kind == "lora" else 300.0,
         per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=2,
         output_dir=str(folder / f"{kind}-{ranks}"))
-    trainer = DDPOTrainer(config, reward_of_prompt_and_image, lambda: (next(prompts), {}), pipeline)
+    trainer = DDPOTrainer(config, reward_of_number_and_image, next_prompt, pipeline)
     trainer.train(2)
     after = {name: p.detach() for name, p in pipeline.unet.named_parameters() if p.requires_grad}
     torch.save({"weights": after, "before": {name: before[name] for name in after},
@@ -385,8 +391,8 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_end_with_the_weights_of_one_process(kind, ranks):
-    """Ranks sum in another order, which is about 1e-5 of how far the weights move; one rank's own
-    gradient in place of the average is as large as the move itself."""
+    """Ranks sum in another order, at most 1e-4 of how far the weights move; one rank's own gradient
+    in place of the average is about as far off as the move is long."""
     names = ("1-0", "2-0", "2-1")
     one, *two = [torch.load(ranks / f"{kind}-{name}.pt", weights_only=False) for name in names]
     assert_equal(two[0]["weights"], two[1]["weights"])
