@@ -783,6 +783,9 @@ def test_training_moves_the_policy_and_not_the_reference(kind, make):
     else:
         plain_reference = copy.deepcopy(given.get("ref_model", given["model"]))
     trainer = make(**given, args={"max_steps": 3})
+    if kind == "adapter by name":
+        trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        assert trained and all(".policy." in name for name in trained)
     batch, before = batch_of(trainer), weights_of(trainer.model)
     want = plain_logps(plain_reference, trainer).detach()
     agree(torch.stack(trainer.compute_reference_log_probs(batch)), want, atol=2e-5)

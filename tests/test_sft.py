@@ -704,7 +704,8 @@ def test_dataset_num_proc_processes_tokenize(make_sft, tmp_path):
 
     trainer = make_sft(rows=QA, formatting_func=leave_a_trace, dataset_num_proc=2)
     assert ids(trainer.train_dataset) == [[4 + i, 50 + i, EOS] for i in range(7)]
-    assert len({int(path.name) for path in tmp_path.glob("[0-9]*")} - {os.getpid()}) == 2
+    # one of the two processes may take both parts before the other has started
+    assert {int(path.name) for path in tmp_path.glob("[0-9]*")} - {os.getpid()}
 
 
 def test_dataset_kwargs_switch_special_tokens_and_ends(make_sft, closing_tokenizer):
