@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def torchrun(*args, ranks=2, **env):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    env.pop("ACCELERATE_USE_CPU", None)  # users don't set it: the script has to
     return subprocess.run([*command, *map(str, [ranks, *args])], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=300)
 
