@@ -155,3 +155,4 @@ if __name__ == "__main__":
     seen["script"] = script(folder, rank)
     torch.save(seen, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch may abort as it frees the groups of several runs: end here

@@ -43,3 +43,4 @@ for number, run in enumerate(json.loads(Path(file).read_text())):
     except (Exception, SystemExit):
         Path(f"{file}.{number}.{os.environ['RANK']}").write_text(traceback.format_exc())
 leave()
+os._exit(0)  # torch may abort as it frees the groups of several runs: end here

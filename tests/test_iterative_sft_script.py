@@ -515,9 +515,10 @@ def two_ranks(tmp_path_factory):
     write_prompts(folder / "many.jsonl", *[f"the {noun} was" for noun in NOUNS])
     write_prompts(folder / "one.jsonl", QUERIES[0])
     (folder / "ranks.py").write_text(
-        "import sys\nfrom pathlib import Path\nfrom common import setup_ranks\nsetup_ranks()\n"
+        "import os, sys\nfrom pathlib import Path\nfrom common import setup_ranks\nsetup_ranks()\n"
         "from test_iterative_sft_script import script_on_this_rank, train_on_this_rank\n"
-        "train_on_this_rank(Path(sys.argv[1]))\nscript_on_this_rank(Path(sys.argv[1]))\n")
+        "train_on_this_rank(Path(sys.argv[1]))\nscript_on_this_rank(Path(sys.argv[1]))\n"
+        "os._exit(0)  # torch may abort as it frees the groups of several runs: end here\n")
     done = python(folder / "ranks.py", folder, ranks=2)
     assert done.returncode == 0, done.stderr
     return folder
