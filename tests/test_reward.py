@@ -590,6 +590,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(make_trainer, make_
     bare = make_tokenizer(pad_token=None)
     trainer = make_trainer(classifier(pad_token_id=None), tokenizer=bare)
     assert bare.pad_token is None and trainer.tokenizer.pad_token == "</s>"
+    want = alone(classifier(), pairs())
+    torch.testing.assert_close(rewards(trainer), want, rtol=1e-4, atol=1e-4)
+    assert trainer.model.config.pad_token_id == EOS
     trainer.train()
 
 
