@@ -4,7 +4,7 @@ RUNS.json: a list of {"script", "flags", "sharded", "env"}. All scripts run in t
 processes, whole and sharded (FSDP 2), because starting processes takes longer than the runs. A run
 that fails leaves its traceback in RUNS.json.<number>.<rank>.
 
-accelerate shards on GPUs only, so a sharded run tells it that these ranks are some."""
+accelerate shards on GPUs only, so a sharded run says that these ranks are GPUs."""
 import faulthandler
 import json
 import os

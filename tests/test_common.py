@@ -133,13 +133,13 @@ def test_any_error_inside_explain_becomes_one_sentence_with_its_place():
     with pytest.raises(InputError) as error:
         with common.explain("row 7 of mine.jsonl can't be read"):
             raise KeyError("first line\nsecond line")
-    told = str(error.value)
+    sentence = str(error.value)
     assert (
-        told.startswith("row 7 of mine.jsonl can't be read: ")
-        and "KeyError" in told
-        and "test_common.py:" in told
+        sentence.startswith("row 7 of mine.jsonl can't be read: ")
+        and "KeyError" in sentence
+        and "test_common.py:" in sentence
     )
-    assert "first line" in told and isinstance(error.value.__cause__, KeyError)
+    assert "first line" in sentence and isinstance(error.value.__cause__, KeyError)
     with pytest.raises(InputError, match="AssertionError"):
         with common.explain("row 7"):  # an error without words still has a name
             assert not ROWS
@@ -628,10 +628,10 @@ def test_a_journal_has_a_line_for_each_log_a_bar_and_each_evaluation_in_words(fi
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert [row["loss"] for row in rows if "loss" in row] == logged
     assert "4/4" in err and f"loss={logged[-1]:.4f}" in err
-    told = [line for line in out.splitlines() if line.startswith("epoch")]
-    assert [line.split(":")[0] for line in told] == ["epoch 1.00", "epoch 2.00"]
+    shown = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert [line.split(":")[0] for line in shown] == ["epoch 1.00", "epoch 2.00"]
     assert (
-        f"eval_loss {rows[5]['eval_loss']:.4g}" in told[1]
+        f"eval_loss {rows[5]['eval_loss']:.4g}" in shown[1]
         and "runtime" not in out
         and "per_second" not in out
     )

@@ -662,9 +662,9 @@ def test_equal_rewards_do_not_count_as_right(make):
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.zero_()
     trainer = make(model, reference_free=True, rows=[ROWS[3]] * 2, eval_rows=[ROWS[3]] * 2)
-    told = trainer.evaluate()
-    assert told["eval_rewards/margins"] == told["eval_rewards/accuracies"] == 0
-    assert told["eval_logps/chosen"] == pytest.approx(-3 * math.log(VOCAB), rel=1e-6)
+    logged = trainer.evaluate()
+    assert logged["eval_rewards/margins"] == logged["eval_rewards/accuracies"] == 0
+    assert logged["eval_logps/chosen"] == pytest.approx(-3 * math.log(VOCAB), rel=1e-6)
 
 
 def test_a_token_within_the_answer_that_has_no_label_does_not_count(make):
@@ -761,7 +761,7 @@ def test_dropout_that_is_left_on_acts_on_the_policy_and_never_on_the_reference(m
         once, again = (trainer.get_batch_loss_metrics(trainer.model, batch)[1] for _ in range(2))
         assert not torch.equal(once["logps/chosen"], again["logps/chosen"])
         # minus the reference's log-probability, both times
-        agree(*(told["rewards/chosen"] / 0.1 - told["logps/chosen"] for told in (once, again)))
+        agree(*(row["rewards/chosen"] / 0.1 - row["logps/chosen"] for row in (once, again)))
 
 
 REFERENCES = {
@@ -951,14 +951,14 @@ def test_metrics_weigh_every_pair_alike_in_training_evaluation_and_prediction(ma
     assert line["loss"] == pytest.approx(two_steps.item() / 2, abs=1e-5)
     for name, values in want.items():
         assert line[name] == pytest.approx(values.mean().item(), abs=2e-5), name
-    for told in (trainer.evaluate(), trainer.evaluate()):
+    for logged in (trainer.evaluate(), trainer.evaluate()):
         for name, values in {**want, "loss": pair_losses}.items():
-            assert told[f"eval_{name}"] == pytest.approx(values.mean().item(), abs=2e-5), name
-    told = trainer.predict(Dataset.from_list(ROWS[:3]))  # raw rows, prepared as those of evaluate
-    agree(told.predictions, rewards.T, atol=1e-5)
-    assert told.label_ids.tolist() == [0, 0, 0]  # the place of the chosen answer
-    assert told.metrics["test_loss"] == pytest.approx(pair_losses.mean().item(), abs=1e-5)
-    assert told.metrics["test_rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-5)
+            assert logged[f"eval_{name}"] == pytest.approx(values.mean().item(), abs=2e-5), name
+    logged = trainer.predict(Dataset.from_list(ROWS[:3]))  # raw rows, prepared as those of evaluate
+    agree(logged.predictions, rewards.T, atol=1e-5)
+    assert logged.label_ids.tolist() == [0, 0, 0]  # the place of the chosen answer
+    assert logged.metrics["test_loss"] == pytest.approx(pair_losses.mean().item(), abs=1e-5)
+    assert logged.metrics["test_rewards/margins"] == pytest.approx(margins.mean().item(), abs=1e-5)
 
 
 def test_an_evaluation_between_two_log_lines_changes_neither(make):
@@ -1061,19 +1061,19 @@ def test_model_init_makes_the_model_and_its_reference(init, make):
 
 
 def test_adapters_with_model_init_train_against_themselves_as_they_were(make):
-    """Trainer makes the model anew for each run: the reference belongs to the one that trains."""
+    """Trainer makes the model again for each run: the reference belongs to the one that trains."""
     args = {"max_steps": 3, "per_device_train_batch_size": 6}
     for model, adapter in ((trained_lora(), None), (hf_model("gpt2"), gpt2_lora())):
-        told = []
+        logged = []
         for init in (None, lambda: copy.deepcopy(model)):
             given = None if init else copy.deepcopy(model)
             trainer = make(given, model_init=init, peft_config=adapter, args=args)
             before = weights_of(trainer.model)
             trainer.train()
             assert all("lora_" in name for name in moved(before, trainer.model))
-            told.append(losses(trainer))
-        assert told[0] == pytest.approx(told[1], abs=1e-5)
-        assert told[0][0] == pytest.approx(LN2, abs=1e-6) and told[0][2] < LN2 - 1e-3
+            logged.append(losses(trainer))
+        assert logged[0] == pytest.approx(logged[1], abs=1e-5)
+        assert logged[0][0] == pytest.approx(LN2, abs=1e-6) and logged[0][2] < LN2 - 1e-3
 
 
 def test_the_defaults_of_the_signature_can_be_used(tokenizer, monkeypatch, tmp_path):
@@ -1108,12 +1108,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_moves(make):
 def test_several_evaluation_sets(make):
     sets = {"a": Dataset.from_list(ROWS[:2]), "b": Dataset.from_list(ROWS[2:])}
     trainer = make("gpt2", hf_model("gpt2", seed=1), eval_dataset=sets)
-    told = trainer.evaluate()
+    logged = trainer.evaluate()
     for name, rows in sets.items():
         alone = trainer.evaluate(rows)
         for key in ("loss", "rewards/accuracies", "logps/rejected"):
-            assert told[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], abs=1e-6)
-    assert told["eval_a_loss"] != pytest.approx(told["eval_b_loss"], abs=1e-4)
+            assert logged[f"eval_{name}_{key}"] == pytest.approx(alone[f"eval_{key}"], abs=1e-6)
+    assert logged["eval_a_loss"] != pytest.approx(logged["eval_b_loss"], abs=1e-4)
 
 
 def test_compute_metrics_sees_both_rewards(make):
@@ -1123,11 +1123,11 @@ def test_compute_metrics_sees_both_rewards(make):
         seen.append(prediction)
         return {"right": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
 
-    told = make("gpt2", hf_model("gpt2", seed=1), eval_rows=ROWS, compute_metrics=metrics,
+    logged = make("gpt2", hf_model("gpt2", seed=1), eval_rows=ROWS, compute_metrics=metrics,
                 preprocess_logits_for_metrics=lambda rewards, labels: rewards * 2).evaluate()
     assert seen[0].predictions.shape == (6, 2)
-    assert told["eval_right"] == told["eval_rewards/accuracies"]
-    want = [2 * told[f"eval_rewards/{name}"] for name in ANSWERS]
+    assert logged["eval_right"] == logged["eval_rewards/accuracies"]
+    want = [2 * logged[f"eval_rewards/{name}"] for name in ANSWERS]
     agree(seen[0].predictions.mean(0), want, atol=1e-5)
 
 
@@ -1174,14 +1174,14 @@ def test_get_batch_samples_of_transformers_gives_micro_batches_and_their_pairs(m
 
 
 def test_samples_during_evaluation_change_no_number_of_the_training(make):
-    told = []
+    logged = []
     for samples in (False, True):
         args = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, **SGD}
         trainer = make("llama", eval_rows=ROWS[:2], generate_during_eval=samples, max_length=12,
                        disable_dropout=False, args=args)
         trainer.train()
-        told.append(losses(trainer))
-    agree(*told)
+        logged.append(losses(trainer))
+    agree(*logged)
 
 
 class Board:
@@ -1242,8 +1242,8 @@ def test_samples_are_of_a_few_prompts_of_the_set_other_ones_at_other_steps(make)
     trainer.train()
     rows = Path(trainer.args.output_dir, "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in rows]
-    assert [told["update"] for told in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    shown = [[told["prompt"] for told in rows[i:i + 3]] for i in (0, 3, 6)]
+    assert [logged["update"] for logged in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    shown = [[logged["prompt"] for logged in rows[i:i + 3]] for i in (0, 3, 6)]
     prompts = [pair["prompt"] for pair in ROWS]
     assert all(prompt in prompts for three in shown for prompt in three)
     assert not shown[0] == shown[1] == shown[2]

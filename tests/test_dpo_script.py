@@ -67,12 +67,12 @@ def finished_run(tmp_path_factory):
     """The default run's first 40 steps -> its folder, what it printed, the metrics it returned."""
     out, printed = tmp_path_factory.mktemp("run"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        told = main(DPOConfig(output_dir=str(out), max_steps=40, use_cpu=True, disable_tqdm=True))
-    return out, printed.getvalue(), told
+        logged = main(DPOConfig(output_dir=str(out), max_steps=40, use_cpu=True, disable_tqdm=True))
+    return out, printed.getvalue(), logged
 
 
 def test_the_first_loss_is_ln_2_and_held_out_pairs_are_told_apart_soon(finished_run):
-    out, _, told = finished_run
+    out, _, logged = finished_run
     rows = metrics(out)
     assert rows[0]["loss"] == pytest.approx(LN2, abs=1e-5)
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
@@ -81,7 +81,7 @@ def test_the_first_loss_is_ln_2_and_held_out_pairs_are_told_apart_soon(finished_
     assert held_out["eval_rewards/accuracies"] > 0.7 and held_out["eval_loss"] < rows[0]["loss"]
     keys = {"rewards/chosen", "rewards/margins", "logps/rejected", "logits/chosen"}
     assert {f"eval_{key}" for key in keys} <= set(held_out)
-    assert told["eval_loss"] == held_out["eval_loss"]
+    assert logged["eval_loss"] == held_out["eval_loss"]
     # the model that is saved is the one that was evaluated, on the test pairs of the toy
     rows = [json.loads(line) for line in (TOY / "pairs_test.jsonl").read_text().splitlines()]
     args = TrainingArguments(str(out / "again"), use_cpu=True, report_to="none",
@@ -357,7 +357,10 @@ def test_two_ranks_end_where_one_process_does(name, ranks):
     for row, expected in zip(rows, other, strict=True):
         assert row.keys() == expected.keys()
         for key in row.keys() - {"train_loss", "total_flos"}:
-            assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+            # one of the 8 pairs of LoRA's second step has a margin of 1e-6, of either sign
+            one_pair = 1 / 8 if name == "lora" and key == "rewards/accuracies" else 0
+            close = pytest.approx(expected[key], rel=1e-3, abs=1e-4 + one_pair)
+            assert row[key] == close, key
 
 
 def test_two_ranks_write_each_sample_once(ranks):

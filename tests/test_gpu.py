@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV = {name: value for name, value in os.environ.items()
        if name not in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU")}
 SMI = shutil.which("nvidia-smi")
-HAS_GPU = bool(SMI) and "GPU 0" in subprocess.run([SMI, "-L"], capture_output=True, text=True).stdout
+HAS_GPU = bool(SMI) and b"GPU 0" in subprocess.run([SMI, "-L"], capture_output=True).stdout
 BF16 = ["--accelerator-kwargs", '{"mixed_precision": "bf16"}']
 RUNS = {
     "sft.py": ["--bf16", "--max-steps", 40, "--logging-steps", 10],
