@@ -1,26 +1,37 @@
-"""What the six trainers share and what is no algorithm: seeds, ranks, rows of a dataset, and models with a value head.
+"""What the six trainers share, in two parts.
 
-    set_seed(seed)                                   one seed for Python, NumPy and torch
-    setup_ranks()                                    torchrun's processes become one group, on GPUs (nccl) or CPUs (gloo)
-    run(main, Config)                                the command line of a script: flags in, one clear sentence out
-    load_rows, load_prompts, load_reward             a local file, a folder or a hub name -> rows, prompts, a reward function
-    writable_folder, newest_checkpoint, MetricsFile, Journal  what a run leaves behind
-    AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, create_reference_model
+Part 1, what an algorithm needs:
+    set_seed, setup_ranks                    one seed everywhere; torchrun's processes form a group
+    logprobs_from_logits, masked_mean, ...   log-probabilities, statistics over unmasked tokens
+    AutoModelForCausalLMWithValueHead        a language model with a value head (also: Seq2Seq)
+    create_reference_model, copy_adapter     the policy that training starts from, frozen
+    generate                                 one sampled response per prompt
+
+Part 2, what a command line needs:
+    run                                      flags in, one clear sentence out
+    load_rows, load_prompts, load_reward     data and rewards: a file, a folder or a hub name
+    load_language_model, lora_config         models and adapters
+    writable_folder, MetricsFile, ...        the output folder and its files
+    LoopTrainer                              trackers and checkpoints of ppo.py and ddpo.py
 
 Nothing happens at import: no network, no CUDA, no seed.
 """
 import copy
 import ctypes
+import importlib.util
+import inspect
 import json
+import math
 import os
 import random
-import runpy
+import shutil
 import sys
 import tempfile
 import traceback
 import warnings
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -31,36 +42,44 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, TrainerCallback)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    TrainerCallback,
+)
+from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
-SLICE = 64  # rows of [N, V] worked on at a time, while they are in the cache
+SLICE = 64  # rows of logits [N, V] that LabelLogProb works on at a time, to stay in the cache
 
 
 class InputError(ValueError):
-    """The user's input is wrong: one sentence that says what, where, and what to do. `run` prints it without a traceback."""
+    """A wrong input of the user, in one sentence. `run` prints it without a traceback."""
 
 
-# ------------------------------------------------------------------------------------------------ seeds, ranks, scripts
+# ----------------------------------------------------------------------------- seeds and ranks
 def set_seed(seed: int):
-    """Seeds `random`, `numpy.random` and `torch` (every device) alike, on the calling rank. No rank offset: give each
-    rank its own seed where it should draw its own samples."""
+    """Seed `random`, `numpy.random` and `torch` on the calling rank, all with the same number."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def setup_ranks():
-    """Call it before anything of accelerate or Trainer: torchrun's ranks then form one process group.
+    """Prepare torchrun's processes; call it before anything of accelerate or Trainer.
 
-    Without a GPU both libraries would start WORLD_SIZE independent copies of the job; told to use the CPU, they form a
-    gloo group. With GPUs they need no help; float32 matrix products may use TF32 there."""
+    With GPUs each process takes its own. Without one, accelerate would start WORLD_SIZE independent
+    copies of the job: told to use the CPU, it forms a gloo group."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.set_float32_matmul_precision("high")  # float32 products may use TF32
         return
     keep_freed_memory()
     if os.environ.get("WORLD_SIZE") == "1":  # one process needs no group, and Trainer warns of one
@@ -72,312 +91,32 @@ def setup_ranks():
 
 
 def prepare_process(args):
-    """For each trainer over transformers.Trainer, with its arguments: a GPU has a process of its own (Trainer would split batches
-    among threads, which the algorithms here don't know), and CPUs keep freed memory. Raises InputError."""
+    """Check the devices of a Trainer's process. Raises InputError for several GPUs in one process.
+
+    Trainer would split each batch among threads, which the algorithms here do not support."""
     if args.n_gpu > 1:
-        raise InputError(f"this one process sees {args.n_gpu} GPUs: start it with torchrun --nproc_per_node {args.n_gpu}, or show it one "
-                         "with CUDA_VISIBLE_DEVICES=0")
+        raise InputError(f"this process sees {args.n_gpu} GPUs: start one process per GPU with "
+                         f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
     if not torch.cuda.is_available():
         keep_freed_memory()
 
 
 def keep_freed_memory():
-    """On CPUs, for this process: malloc keeps large blocks that were freed. By default glibc gives each back to the system,
-    which clears it anew, page by page, for the next tensor: a fifth to a quarter of the time of a PPO step."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):  # glibc
+    """Let malloc keep large freed blocks, on CPUs.
+
+    By default glibc returns each block to the system, which clears it again for the next tensor:
+    a fifth of the time of a PPO step."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def run(main, config_class):
-    """The command line of a script: `main(config)` with the flags of `config_class`.
-
-    An InputError ends the process with its one sentence and status 1; any other error keeps its traceback. torchrun
-    stops the other ranks as soon as one has failed, so none waits for ever."""
-    import datasets
-    import transformers
-    import tyro
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
-    setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
-    flags = tyro.constructors.ConstructorRegistry()
-    flags.primitive_rule(json_flag)
-    config = tyro.cli(config_class, description=main.__doc__, registry=flags)
-    try:
-        main(config)
-    except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def json_flag(field):
-    """How tyro reads a field that takes a dict or a file's name, such as --fsdp-config: JSON where it begins with {."""
-    from tyro.constructors import PrimitiveConstructorSpec
-    if any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
-        return PrimitiveConstructorSpec(
-            nargs=1, metavar="JSON|FILE", is_instance=lambda value: isinstance(value, (dict, str, type(None))),
-            instance_from_str=lambda words: json.loads(words[0]) if words[0].startswith("{") else words[0],
-            str_from_instance=lambda value: [json.dumps(value)])
-
-
 @contextmanager
-def explain(what):
-    """Any error inside becomes one sentence: `what`, then the error's own first line and where it was raised."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{what}: {reason} ({type(error).__name__}, {Path(place.filename).name}:{place.lineno})") from error
+def unsharded(model):
+    """Gather the weights that FSDP 2 has sharded, once, for many forward passes.
 
-
-def load_rows(name, split="train"):
-    """Rows of a data set, the same for every script -> datasets.Dataset.
-
-    name: a local .jsonl, .json, .csv, .parquet or .txt file (each line a row `text`), a folder written by
-    `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub. Raises InputError."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(name)
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    if path.is_file() and path.suffix not in kinds:
-        raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use one of {', '.join(kinds)}")
-    if path.suffix in kinds and not path.exists():
-        raise InputError(f"data file {name} does not exist here ({Path.cwd()})")
-    with explain(f"data set {name} is neither a readable file or folder nor a data set on the hub"):
-        if path.is_file():
-            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            rows = load_from_disk(str(path))
-            return rows[split] if isinstance(rows, DatasetDict) else rows
-        return load_dataset(str(name), split=split)
-
-
-def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False):
-    """Prompts to answer -> a list of rows {"query": "the plot was", "input_ids": [17, 4, 301]}.
-
-    name: a data set with a column query, prompt, messages (chat, through the tokenizer's template; a last answer of the
-    assistant is left off), text or input_ids. max_length: queries are cut to their first tokens, so many. longest: a query
-    of more tokens than this leaves no room for an answer. keep_columns: rows keep their other columns. Raises InputError."""
-    rows = load_rows(name)
-    known = ("query", "prompt", "messages", "text", "input_ids")
-    column = next((c for c in known if c in rows.column_names), None)
-    if column is None:
-        raise InputError(f"data set {name} has the columns {rows.column_names} and none of {', '.join(known)}: rename the one "
-                         "that holds the prompts")
-
-    def tokenize(number, value):
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = value[:-1] if value[-1]["role"] == "assistant" else value
-            ids = tokenizer.apply_chat_template(value, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(value, verbose=False).input_ids if isinstance(value, str) else list(value or [])
-        ids = ids[:max_length]
-        if not ids:
-            raise InputError(f"data set {name}, row {number}: {column} is empty; remove the row")
-        if longest is not None and len(ids) > longest:
-            raise InputError(f"data set {name}, row {number}: {len(ids)} tokens, and with the answer's the model takes {longest}; "
-                             "set --max-query-length, or fewer --max-new-tokens")
-        return {"query": tokenizer.decode(ids), "input_ids": ids}
-
-    with explain(f"data set {name}: column {column} can't be tokenised"):
-        return [{**(row if keep_columns else {}), **tokenize(number, row[column])} for number, row in enumerate(rows)]
-
-
-def load_reward(name, label=None, device="cpu"):
-    """-> function: a list of texts -> a list of scalar tensors, one score for each. Raises InputError.
-
-    name: `file.py:function` (texts -> numbers), or a sequence classifier's folder or hub name, whose score is the logit of
-    its only label, or of `label` (name or number)."""
-    file, _, function = str(name).rpartition(":")
-    if file.endswith(".py"):
-        with explain(f"reward_model {name} can't be loaded"):
-            score = runpy.run_path(file)[function]
-    else:
-        score = _classifier(name, label, device)
-
-    def checked(texts):
-        with explain(f"reward_model {name} failed on {len(texts)} texts, the first of them {texts[0]!r}"):
-            scores = [torch.tensor(float(number)) for number in score(texts)]
-        if len(scores) != len(texts):
-            raise InputError(f"reward_model {name} returned {len(scores)} scores for {len(texts)} texts: return one for each")
-        return scores
-
-    return checked
-
-
-def _classifier(name, label, device):
-    with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's folder or hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
-    names = {str(label_name): i for i, label_name in model.config.id2label.items()}
-    labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
-    if model.config.num_labels > 1 and label is None:
-        raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the one whose logit is the score "
-                         f"with --reward-label, one of {', '.join(names)}")
-    if label is not None and label not in labels:
-        raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
-    column = 0 if label is None else labels[label]
-    tokenizer.pad_token, tokenizer.truncation_side = tokenizer.pad_token or tokenizer.eos_token, "left"  # the answer is at the end
-    model.config.pad_token_id = tokenizer.pad_token_id
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
-
-    @torch.no_grad()
-    def score(texts):
-        scores = []
-        for i in range(0, len(texts), 64):
-            # on the right: a classifier that makes no positions from the mask (GPT-2) reads left-padded text shifted
-            inputs = tokenizer(texts[i:i + 64], padding=True, padding_side="right", truncation=True, max_length=longest,
-                               return_tensors="pt")
-            scores += model(**inputs.to(device)).logits[:, column].float().tolist()
-        return scores
-
-    return score
-
-
-# ------------------------------------------------------------------------------------------------ what a run leaves behind
-def writable_folder(path, fresh):
-    """Makes the folder and writes to it, to learn at once whether a week's work could be kept. Raises InputError, also where a
-    fresh run would overwrite the checkpoints of another."""
-    with explain(f"output_dir {path} can't be written"):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    left = sorted(folder.name for folder in Path(path).glob("checkpoint-*"))
-    if fresh and left:
-        raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, or choose another --output-dir, or "
-                         "remove it")
-    if fresh and os.environ.get("RANK", "0") == "0":
-        Path(path, "samples.jsonl").unlink(missing_ok=True)  # runs append to it
-
-
-def newest_checkpoint(path, last_file=""):
-    """A folder checkpoint-<n>, or the one of the largest n in the folder of a run. last_file: what is written last, without
-    which a checkpoint is none. Raises InputError."""
-    path = Path(path)
-    found = [path] if path.name.startswith("checkpoint-") and path.is_dir() else [
-        folder for folder in path.glob("checkpoint-*") if (folder / last_file).exists()]
-    if not found:
-        raise InputError(f"resume from {path}: no checkpoint-<n> there; give a checkpoint or the output folder of a run")
-    return max(found, key=lambda folder: int(folder.name.split("-")[1]))
-
-
-def trainer_checkpoint(path):
-    """newest_checkpoint of a Trainer's run, passing over one that a kill cut short, once its files have been opened: what is
-    damaged is better known before a run goes on from it. Raises InputError."""
-    checkpoint = newest_checkpoint(path, "trainer_state.json")
-    with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        if not any(checkpoint.glob("*model*")):
-            raise FileNotFoundError("it holds no weights")
-        for file in checkpoint.iterdir():
-            if file.suffix == ".safetensors":
-                safe_open(file, "pt").keys()
-            elif file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
-                zipfile.ZipFile(file).close()
-    return str(checkpoint)
-
-
-class MetricsFile:
-    """metrics.jsonl, a line an update. A run that is resumed drops what was written after its checkpoint."""
-
-    def __init__(self, path, current_step):
-        lines = path.read_text().splitlines() if path.exists() and current_step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= current_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.path = path
-
-    def write(self, row):
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-class Journal(TrainerCallback):
-    """What a Trainer tells, on the main rank: metrics.jsonl, {"update": optimizer steps so far, "loss": ..., ...} a line, a
-    progress bar, and a line for each evaluation. Trainer's own bar goes: `trainer.remove_callback(ProgressCallback)`."""
-
-    def __init__(self, folder):
-        self.path, self.file = Path(folder) / "metrics.jsonl", None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        main = state.is_world_process_zero
-        self.file = MetricsFile(self.path, state.global_step) if main else None
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update", disable=not main or args.disable_tqdm)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.file:
-            self.file.write({"update": state.global_step, **logs})
-            if "loss" in logs:
-                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        timing = ("runtime", "per_second", "epoch")
-        told = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.endswith(timing)]
-        if state.is_world_process_zero:
-            tqdm.write(f"epoch {state.epoch or 0:.2f}: {', '.join(told)}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def last_evaluation(trainer):
-    """The metrics of the evaluation that ended the training, or of one that is made now: the weights may be other ones since."""
-    last = trainer.state.log_history[-2:][0]  # before train()'s own line
-    return last if "eval_loss" in last and not trainer.args.load_best_model_at_end else trainer.evaluate()
-
-
-def write_model_card(folder, what, config, data, metrics):
-    """README.md of a trained model: what it is, from what it was made, and the last metrics. Call it on one rank."""
-    sources = ", ".join(f"{kind} `{name}`" for kind, name in {"model": config.model_name or "toy", **data}.items())
-    timing = ("runtime", "per_second", "step")
-    figures = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items()
-                        if isinstance(value, (int, float)) and not name.endswith(timing))
-    Path(folder, "README.md").write_text(f"""---
-library_name: transformers
----
-# {Path(folder).resolve().name}
-
-{what}, from {sources}.
-
-| | at the end |
-|---|---|
-{figures}
-""")
-
-
-def check_finite(loss, done, of="optimizer steps"):
-    """Raises InputError before a loss that is not a number reaches a weight: the last checkpoint stays as good as it was."""
-    if not torch.isfinite(loss):
-        raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or train from the last checkpoint or "
-                         "anew with a lower learning rate")
-
-
-# ------------------------------------------------------------------------------------------------ models
-@contextmanager
-def only_logits_of(model, select):
-    """Inside, `model` computes logits of the tokens under select [B, T] (bool) alone: its output's logits are [N, V].
-
-    With a vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][select],))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def whole_weights(model):
-    """Inside, each rank holds all of the model's weights, where FSDP 2 has sharded them: they are gathered once, and ranks may
-    call the model unequally often, as they do while they sample. Enter and leave it on every rank."""
+    Call on every rank. Ranks may then call the model unequally often, as they do in sampling."""
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in shards:
         module.unshard()
@@ -390,12 +129,23 @@ def whole_weights(model):
             module.reshard()
 
 
+# ----------------------------------------------------------------------------- log-probabilities
+def logprobs_from_logits(logits, labels, gather=True):
+    """Compute log p(label) [...] in float32 from logits [..., V] and labels [...].
+
+    gather=False: the whole log-softmax [..., V]."""
+    if not gather:
+        return F.log_softmax(logits.float(), dim=-1)
+    nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
+    return -nll.view(labels.shape)
+
+
 class LabelLogProb(torch.autograd.Function):
-    """log softmax(logits)[label] for logits [N, V], labels [N], without another tensor of [N, V], forward or backward:
+    """Compute log softmax(logits)[label] of logits [N, V] without another tensor of this size.
 
         d log p(label) / d logits = onehot(label) - p
 
-    The gradient is formed in the logits' own memory, so they are gone after the backward pass."""
+    The gradient overwrites the logits: whatever else needs them comes before the backward pass."""
 
     @staticmethod
     def forward(ctx, logits, labels):
@@ -407,33 +157,106 @@ class LabelLogProb(torch.autograd.Function):
     def backward(ctx, gradient):
         logits, labels, logsumexp = ctx.saved_tensors
         result = logits.detach()
-        for part, lse, g in zip(result.split(SLICE), logsumexp.split(SLICE), gradient.split(SLICE)):
+        rows = (x.split(SLICE) for x in (result, logsumexp, gradient))
+        for part, lse, g in zip(*rows, strict=True):
             part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
         return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
 
 
-def logprobs_from_logits(logits, labels, gather=True):
-    """logits [..., V], labels [...] -> log p(label) [...] in float32; gather=False: the log-softmax [..., V]."""
-    if not gather:
-        return F.log_softmax(logits.float(), dim=-1)
-    return LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten()).view(labels.shape)
+def label_logprobs(logits, labels):
+    """Compute logprobs_from_logits for a training loss; the backward pass uses up the logits."""
+    rows = LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten())
+    return rows.view(labels.shape)
+
+
+def entropy_from_logits(logits):
+    """Compute the entropy [...] (nats) of the distributions with logits [..., V]."""
+    # log sum exp(z) - sum p z: one temporary of the logits' size
+    return logits.logsumexp(-1) - torch.linalg.vecdot(logits.softmax(-1), logits)
+
+
+def masked_mean(values, mask, axis=None):
+    """Average the values under the mask, over all dimensions or over one."""
+    return (values * mask).sum(axis) / mask.sum(axis)
+
+
+def masked_var(values, mask, unbiased=True):
+    """Compute the variance of the values under the mask; unbiased if there are two or more."""
+    n = mask.sum()
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return variance * n / (n - 1) if unbiased and n > 1 else variance
+
+
+def masked_whiten(values, mask, shift_mean=True, sum_over_ranks=lambda x: x):
+    """Scale the values under the mask to variance 1 and mean 0. shift_mean=False: keep their mean.
+
+    The moments are those of all ranks. Fewer than two values are returned as they are."""
+    n, total = sum_over_ranks(torch.stack([mask.sum().float(), (values * mask).sum().float()]))
+    if n < 2:
+        return values
+    mean = total / n
+    var = sum_over_ranks(((values - mean) ** 2 * mask).sum()) / (n - 1)
+    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def whiten(values, shift_mean=True):
+    """Scale all values to variance 1 and mean 0. shift_mean=False: keep their mean."""
+    return masked_whiten(values, torch.ones_like(values), shift_mean)
+
+
+def check_finite(loss, done, of="optimizer steps"):
+    """Raise InputError before a loss that is not finite reaches a weight."""
+    if not torch.isfinite(loss):
+        raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or "
+                         "resume from the last checkpoint with a lower learning rate")
+
+
+def batches_of_similar_length(lengths, max_tokens):
+    """Group row numbers by length into lists of at most max_tokens tokens, padding included."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+@contextmanager
+def only_logits_of(model, select):
+    """Let the model return the logits of the N tokens under select [B, T] (bool) only: [N, V].
+
+    With a vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory,
+    and a third of the time of a PPO step. The hidden states are selected just before the output
+    layer, so whatever the model does to its logits (scaling, soft-capping) it does to these.
+    model: plain, wrapped by accelerate, or with a value head."""
+    model = getattr(model, "module", model)
+    head = getattr(model, "pretrained_model", model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][select],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def disable_dropout(model):
-    """Two policies are compared token by token: noise in either would count as a difference. Stays in train mode, so that
-    gradient checkpointing works; some models keep the probability as a number of their own."""
+    """Turn dropout off for good, in train mode too: two policies are compared token by token.
+
+    Train mode stays, since gradient checkpointing needs it. Some models keep the probability as a
+    number of their own (dropout, layerdrop, drop_prob)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):  # dropout, layerdrop, drop_prob
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
+# ----------------------------------------------------------------------------- value heads
 class ValueHead(nn.Module):
-    """V(s_t), one number for each token: hidden [..., D] -> values [..., 1], computed in the head's own dtype (float32).
+    """V(s_t), one number per token: hidden states [..., D] -> values [..., 1] in float32.
 
-    It starts at zero (Ziegler et al. 2019): the first returns are then the rewards alone, not a random number."""
+    It starts at zero (Ziegler et al. 2019): the first returns are then the rewards alone."""
 
     def __init__(self, config, summary_dropout_prob=None, hidden_size=None):
         super().__init__()
@@ -450,10 +273,10 @@ class ValueHead(nn.Module):
 
 
 class PreTrainedModelWrapper(nn.Module):
-    """A language model and a value head on its last hidden state.
+    """A language model with a value head on its last hidden states.
 
-    `pretrained_model` is the Hugging Face model (or PeftModel), `v_head` the ValueHead. `state_dict()` has the model's
-    own names, without a prefix, and `v_head.*`."""
+    `pretrained_model` is the transformers model (or PeftModel), `v_head` the ValueHead.
+    `state_dict()` has the model's own names, without a prefix, and `v_head.*`."""
 
     transformers_parent_class = None
     lm_head_namings = ["lm_head", "embed_out"]
@@ -463,8 +286,9 @@ class PreTrainedModelWrapper(nn.Module):
         head = pretrained_model.get_output_embeddings()
         if head is None:
             names = ", ".join(self.lm_head_namings)
-            raise ValueError(f"{type(pretrained_model).__name__} has no language modelling head ({names}, ...); load a "
-                             f"model that {self.transformers_parent_class.__name__} opens")
+            raise ValueError(f"{type(pretrained_model).__name__} has no language modelling head "
+                             f"({names}, ...); load a model that "
+                             f"{self.transformers_parent_class.__name__} opens")
         self.pretrained_model = pretrained_model
         self.is_peft_model = hasattr(pretrained_model, "peft_config")
         self.v_head = ValueHead(self.config, summary_dropout_prob, hidden_size=head.weight.shape[1])
@@ -477,29 +301,29 @@ class PreTrainedModelWrapper(nn.Module):
     device = property(lambda self: self.v_head.summary.weight.device)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, peft_config=None, is_trainable=False,
-                        reward_adapter=None, summary_dropout_prob=None, require_v_head=None, **kwargs):
-        """
-        pretrained_model_name_or_path: a hub name or a folder (a plain model, one saved by `save_pretrained` here or by
-            TRL 0.7, sharded or not, or a PEFT adapter's folder), or a model object.
-        peft_config: puts a fresh adapter on the model. is_trainable: an adapter that is loaded goes on training.
-        reward_adapter: the folder of a sequence classifier's LoRA adapter, for `compute_reward_score`.
-        require_v_head: True: raise where no value head was saved; None: warn; False: a new one is expected.
-        Everything else goes to the transformers class. Raises ValueError for a model without LM head."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, peft_config=None,
+                        is_trainable=False, reward_adapter=None, summary_dropout_prob=None,
+                        require_v_head=None, **kwargs):
+        """Load a model with its value head, or put a new head on a model. Raises ValueError.
+
+        pretrained_model_name_or_path: a model object, a hub name or a folder (a plain model, one
+            saved by `save_pretrained` here or by TRL 0.7, sharded or not, or a PEFT adapter).
+        peft_config: put a fresh adapter on the model. is_trainable: train a loaded adapter further.
+        reward_adapter: folder of a sequence classifier's LoRA adapter, for `compute_reward_score`.
+        require_v_head: True: raise if no head was saved; None: warn; False: expect a new head.
+        All other arguments go to the transformers class."""
         model, head = pretrained_model_name_or_path, None
         if isinstance(model, (str, Path)):
-            name, model = str(model), load_pretrained(cls.transformers_parent_class, str(model), is_trainable, *args, **kwargs)
+            name, auto_class = str(model), cls.transformers_parent_class
+            model = load_pretrained(auto_class, name, is_trainable, *args, **kwargs)
             head = read_value_head(name)
             if head is None and require_v_head is not False:
                 missing = f"{name} holds no value head: it starts at zero"
                 if require_v_head:
                     raise ValueError(missing)
-                warnings.warn(missing)
+                warnings.warn(missing, stacklevel=2)
         if peft_config is not None:
-            from peft import get_peft_model
-            if hasattr(model, "peft_config"):
-                raise ValueError("peft_config is given and the model has an adapter already; give one or the other")
-            model = get_peft_model(model, peft_config)
+            model = with_adapter(model, peft_config)
         wrapped = cls(model, summary_dropout_prob)
         if head is not None:
             wrapped.v_head.load_state_dict(head)
@@ -507,40 +331,40 @@ class PreTrainedModelWrapper(nn.Module):
             wrapped._add_reward_adapter(str(reward_adapter))
         return wrapped
 
-    def keep_module_names(self):
-        """From now on `state_dict()` names weights as the modules do, `pretrained_model.*`: FSDP finds them by their names."""
-        for hook in self._renaming:
-            hook.remove()
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        """Return logits [B, T, V] in float32, the loss or None, and values [B, T].
 
-    def forward(self, input_ids=None, attention_mask=None, select=None, **kwargs):
-        """-> (logits [B, T, V] in float32, loss or None, values [B, T]).
-
-        select [B, T] (bool): compute logits and values of these N tokens alone -> logits [N, V], values [N]."""
-        hidden = []  # of the last layer, [B, T, D]: what the value head reads
-        decoder = self.pretrained_model.get_decoder()
-        hook = decoder.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
-        if "past_key_values" not in kwargs:
-            kwargs.setdefault("use_cache", False)
-        try:
-            with nullcontext() if select is None else only_logits_of(self.pretrained_model, select):
-                output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        finally:
-            hook.remove()
-        hidden = hidden[0] if select is None else hidden[0][select]
-        return output.logits.float(), output.loss, self.v_head(hidden).squeeze(-1).clone()  # FSDP wants no view
+        logits_to_keep=k: logits of the last k columns only; values are those of all columns."""
+        kwargs.setdefault("use_cache", "past_key_values" in kwargs)
+        output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask,
+                                       output_hidden_states=True, **kwargs)
+        seq2seq = self.config.is_encoder_decoder
+        hidden_states = output.decoder_hidden_states if seq2seq else output.hidden_states
+        # FSDP takes no view as an output: clone
+        values = self.v_head(hidden_states[-1]).squeeze(-1).clone()
+        return output.logits.float(), output.loss, values
 
     def generate(self, *args, **kwargs):
-        """The language model's own `generate`."""
+        """Call the language model's own `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """Recomputes activations in the backward pass; non-reentrant, so that it works with frozen embeddings (LoRA)."""
-        self.pretrained_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        """Recompute activations in the backward pass; non-reentrant, as frozen embeddings need."""
+        kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        self.pretrained_model.gradient_checkpointing_enable(kwargs)
+
+    def keep_module_names(self):
+        """From now on name weights as the modules do (`pretrained_model.*`), for FSDP."""
+        for hook in self._renaming:
+            hook.remove()
 
     def save_pretrained(self, save_directory, state_dict=None, **kwargs):
-        """Writes the model (or the adapter alone) and, beside it, the value head. The folder opens as the plain model
-        and as this class. state_dict: as of `self.state_dict()`, when it had to be gathered first. Call on one rank."""
-        state_dict = {k.removeprefix("pretrained_model."): v for k, v in (state_dict or self.state_dict()).items()}
+        """Write the model (or only its adapter) and the value head. Call on one rank.
+
+        The folder opens as the plain model and as this class. state_dict: the gathered
+        `self.state_dict()`, if the weights are sharded."""
+        state_dict = state_dict or self.state_dict()
+        state_dict = {k.removeprefix("pretrained_model."): v for k, v in state_dict.items()}
         head = {k: v.contiguous() for k, v in state_dict.items() if k.startswith("v_head.")}
         body = {k: v for k, v in state_dict.items() if not k.startswith(("v_head.", "score."))}
         if self.is_peft_model:
@@ -549,43 +373,43 @@ class PreTrainedModelWrapper(nn.Module):
         self.pretrained_model.save_pretrained(save_directory, state_dict=body, **kwargs)
         save_file(head, os.path.join(save_directory, VALUE_HEAD_FILE))
 
-    def push_to_hub(self, repo_id, commit_message="Upload model with value head", private=None, token=None, **kwargs):
-        """Uploads what `save_pretrained` writes to the hub's repository `repo_id`, which is made where absent."""
+    def push_to_hub(self, repo_id, commit_message="Upload model with value head", private=None,
+                    token=None, **kwargs):
+        """Upload what `save_pretrained` writes to the hub's repository `repo_id`."""
         from huggingface_hub import HfApi
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder,
+                                     commit_message=commit_message)
 
     def _add_reward_adapter(self, folder):
         if not self.is_peft_model:
-            raise ValueError("reward_adapter needs a policy with an adapter of its own (peft_config): both share one base")
+            raise ValueError("reward_adapter needs a policy with an adapter of its own "
+                             "(peft_config): both share one base model")
         from peft.utils import load_peft_weights
         policy = self.pretrained_model.active_adapter
         self.pretrained_model.load_adapter(folder, adapter_name="reward", is_trainable=False)
         self.pretrained_model.set_adapter(policy)
-        weights = {k: v for k, v in load_peft_weights(folder, device="cpu").items() if k.endswith("score.weight")}
+        weights = load_peft_weights(folder, device="cpu")
+        weights = [v for k, v in weights.items() if k.endswith("score.weight")]
         if not weights:
-            raise ValueError(f"reward_adapter {folder}: no weights of a score layer; train it as a sequence classifier")
-        (weight,) = weights.values()
-        self.score = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        self.score.load_state_dict({"weight": weight})
+            raise ValueError(f"reward_adapter {folder}: no weights of a score layer; train it as a "
+                             "sequence classifier")
+        self.score = nn.Linear(weights[0].shape[1], weights[0].shape[0], bias=False)
+        self.score.load_state_dict({"weight": weights[0]})
         self.score.requires_grad_(False)
 
     @torch.no_grad()
     def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
-        """Scores of the reward adapter at every token -> [B, T, labels]; read the last real token of each row."""
-        policy, hidden = self.pretrained_model.active_adapter, []
-        keep = lambda module, args, output: hidden.append(output[0])
-        hook = self.pretrained_model.get_decoder().register_forward_hook(keep)
-        self.pretrained_model.set_adapter("reward")
-        try:
-            self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
-        finally:
-            hook.remove()
-            self.pretrained_model.set_adapter(policy)
-        return self.score(hidden[0].to(self.score.weight.dtype))
+        """Compute the reward adapter's scores at every token [B, T, labels].
+
+        The score of a row is the one at its last token that is not padding."""
+        with active_adapter(self.pretrained_model, "reward"):
+            output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask,
+                                           use_cache=False, output_hidden_states=True, **kwargs)
+        return self.score(output.hidden_states[-1].to(self.score.weight.dtype))
 
 
 class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
@@ -596,99 +420,6 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder language model (T5, BART, ...) with a value head on the decoder."""
     transformers_parent_class = AutoModelForSeq2SeqLM
-
-
-def load_tokenizer(name):
-    """The tokenizer of a model's folder or hub name, with a pad token: what is padding is known from the attention mask, so
-    that a model still learns to end where both are the same."""
-    return with_padding(AutoTokenizer.from_pretrained(name))
-
-
-def with_padding(tokenizer):
-    """The tokenizer, or a copy of it that pads with its end-of-sequence token. Raises InputError where it has neither."""
-    if tokenizer.pad_token is not None:
-        return tokenizer
-    if tokenizer.eos_token is None:
-        raise InputError(f"tokenizer {tokenizer.name_or_path} has neither a pad token nor an end-of-sequence token: set "
-                         "tokenizer.pad_token")
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_language_model(name, dtype):
-    """-> tokenizer, model (causal or encoder-decoder; an adapter, on its base model, goes on training) of a hub name or
-    folder. Raises InputError."""
-    from transformers import AutoConfig
-    with explain(f"model_name {name} can't be loaded"):
-        tokenizer = load_tokenizer(name)
-        seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
-        return tokenizer, load_pretrained(AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM, name, True, dtype=dtype)
-
-
-def lora_config(config, task_type):
-    """config.lora_r, config.lora_alpha -> a peft LoraConfig on all linear layers, or None where lora_r is 0."""
-    if not config.lora_r:
-        return None
-    from peft import LoraConfig
-    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type=task_type)
-
-
-def with_adapter(model, peft_config, seed):
-    """The model with a fresh adapter on it; equal seeds draw equal ones. Raises InputError where it has one already."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-    if hasattr(model, "peft_config"):
-        raise InputError("the model has an adapter already, and peft_config asks for another: give one or the other")
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer's switch does that
-    set_seed(seed)
-    return get_peft_model(model, peft_config)
-
-
-def base_of(name):
-    """The name of the model under a LoRA adapter's folder or hub name; any other model's own name."""
-    from transformers.utils import find_adapter_config_file
-    if find_adapter_config_file(name) is None:
-        return name
-    from peft import PeftConfig
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
-
-
-def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
-    """A plain model, or base model + adapter where `name` is an adapter's folder."""
-    base = auto_class.from_pretrained(base_of(name), *args, **kwargs)
-    if base_of(name) == name:
-        return base
-    from peft import PeftModel
-    return PeftModel.from_pretrained(base, name, is_trainable=is_trainable)
-
-
-def read_value_head(name):
-    """The weights {"summary.weight", "summary.bias"} of a value head saved in a folder or hub repository, else None.
-
-    Any file of the folder may hold them, under names that begin with `v_head.`: a file of its own (ours), the model's
-    file or one of its shards (TRL 0.7). Of safetensors only the headers are read to find out."""
-    for kind in (["model*.safetensors", "adapter*.safetensors", VALUE_HEAD_FILE], ["pytorch_model*.bin"]):
-        folder = name
-        if not os.path.isdir(name):
-            from huggingface_hub import snapshot_download
-            folder = snapshot_download(name, allow_patterns=kind)  # in the cache already: the model was loaded from it
-        files = sorted(file for pattern in kind for file in Path(folder).glob(pattern))
-        for file in files:
-            head = _head_of(file)
-            if head:
-                return head
-        if any(not file.name.startswith("adapter") for file in files):  # a model in both kinds holds the same in both
-            break
-    return None
-
-
-def _head_of(file):
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as f:
-            return {k.removeprefix("v_head."): f.get_tensor(k) for k in f.keys() if k.startswith("v_head.")}
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    return {k.removeprefix("v_head."): v for k, v in weights.items() if k.startswith("v_head.")}
 
 
 def _without_prefix(module, state_dict, prefix, local_metadata):
@@ -702,12 +433,40 @@ def _with_prefix(module, state_dict, prefix, *args):
             state_dict[prefix + "pretrained_model." + key[len(prefix):]] = state_dict.pop(key)
 
 
-def create_reference_model(model, num_shared_layers=None, pattern=None):
-    """A frozen copy of `model`, in eval mode.
+def read_value_head(name):
+    """Read a value head's weights {"summary.weight", "summary.bias"}, or return None.
 
-    num_shared_layers: everything up to the decoder's layer of this number (embeddings, and the encoder if there is one)
-        is not copied but shared: the same storage in both models, frozen in both. None: a full copy.
-    pattern: how layers are named, such as "transformer.h.{layer}"; found by itself where None. Raises ValueError."""
+    name: a folder or hub name. The head is in a file of its own or, of TRL 0.7, in the model's file
+    or one of its shards (next to an adapter: pytorch_model.bin)."""
+    for patterns in (["model*.safetensors", VALUE_HEAD_FILE], ["pytorch_model*.bin"]):
+        folder = name
+        if not os.path.isdir(name):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(name, allow_patterns=patterns)
+        files = [file for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
+        heads = [read_tensors(file, "v_head.") for file in files]
+        if files:  # the .bin files of such a folder hold the same weights again
+            return next((head for head in heads if head), None)
+    return None
+
+
+def read_tensors(file, prefix):
+    """Read the tensors whose names begin with the prefix, as {name without it: tensor}."""
+    if file.suffix == ".bin":
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    with safe_open(file, "pt") as weights:
+        names = [k for k in weights.keys() if k.startswith(prefix)]
+        return {k.removeprefix(prefix): weights.get_tensor(k) for k in names}
+
+
+# ----------------------------------------------------------------------------- the reference
+def create_reference_model(model, num_shared_layers=None, pattern=None):
+    """Return a frozen copy of `model`, in eval mode. Raises ValueError.
+
+    num_shared_layers: share everything below the decoder's layer of this number (embeddings, and
+        the encoder if there is one) with the model, frozen in both. None: a full copy.
+    pattern: how layers are named, such as "transformer.h.{layer}". None: found in the model."""
     if num_shared_layers is None:
         return copy.deepcopy(model).requires_grad_(False).eval()
     if pattern is None:
@@ -718,8 +477,691 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     first = pattern.format(layer=num_shared_layers) + "."
     cut = next((i for i, (name, _) in enumerate(parameters) if first in name), None)
     if cut is None:
-        raise ValueError(f"num_shared_layers={num_shared_layers}: no parameter of the model is named *{first}*; give a "
-                         "smaller number, or the pattern of the layers' names")
+        raise ValueError(f"num_shared_layers={num_shared_layers}: no parameter is named *{first}*; "
+                         "give a smaller number, or the pattern of the layers' names")
     shared = [p for _, p in parameters[:cut]]
-    # deepcopy takes what the memo holds as copied already: the very same parameters, wherever they are tied
+    # deepcopy takes what its memo holds as copied already: these parameters stay the very same
     return copy.deepcopy(model, {id(p): p for p in shared}).requires_grad_(False).eval()
+
+
+def copy_adapter(model, name="reference"):
+    """Put a frozen copy of a PeftModel's active adapter next to it, under this name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    policy = model.active_adapter
+    model.add_adapter(name, model.peft_config[policy])
+    weights = get_peft_model_state_dict(model, adapter_name=policy)
+    set_peft_model_state_dict(model, weights, adapter_name=name)  # copies the values
+    model.set_adapter(policy)
+
+
+@contextmanager
+def active_adapter(model, name):
+    """Use the adapter of this name inside; the PeftModel's own is active again afterwards."""
+    own = model.active_adapter
+    model.set_adapter(name)
+    try:
+        yield model
+    finally:
+        model.set_adapter(own)
+
+
+# ----------------------------------------------------------------------------- sampling
+REFUSED = {  # argument: (the value that is allowed, why no other is)
+    "return_dict_in_generate": (False, "generate returns token ids; for scores call the model's"),
+    "num_return_sequences": (1, "generate gives one response per prompt; repeat the prompt"),
+    "generation_config": (None, "give its settings one by one (max_new_tokens=...)"),
+}
+RESHAPING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BANNING = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
+           "min_new_tokens")
+
+
+@torch.no_grad()
+def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, length_sampler=None,
+             **kwargs):
+    """Generate one response per prompt. Returns a list of LongTensors [response_length].
+
+    model: a language model, with or without a value head. prompts: a list of LongTensors
+    [prompt_length]. A response ends with its first end token: the tokenizer's, the model's, or one
+    of kwargs["eos_token_id"]. An encoder-decoder's begins with the decoder's start token.
+    policy_temperature: of the policy softmax(logits / temperature) that is scored; sampling uses it
+    too, unless kwargs gives another. length_sampler: called once per batch for max_new_tokens.
+    kwargs: for the model's `generate`. Raises ValueError."""
+    for name, (allowed, reason) in REFUSED.items():
+        if kwargs.get(name, allowed) != allowed:
+            raise ValueError(f"{name}={kwargs[name]}: {reason}")
+    seq2seq = model.config.is_encoder_decoder
+    language_model = getattr(model, "pretrained_model", model)
+    own = language_model.generation_config
+    settings, kwargs = sampling_settings(own, tokenizer, policy_temperature, kwargs)
+    end_ids = end_token_ids(tokenizer, own.eos_token_id, kwargs.get("eos_token_id"))
+    end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=model.device)
+    # positions count from the first token of a decoder's prompt, so its padding is on the left
+    side = "right" if seq2seq else "left"
+    responses = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    was_training = model.training
+    model.eval()
+    language_model.generation_config = settings
+    try:
+        for start in range(0, len(prompts), batch_size):
+            batch = by_length[start:start + batch_size]
+            rows = [prompts[i] for i in batch]
+            ids = pad_sequence(rows, True, kwargs["pad_token_id"], side).to(model.device)
+            ones = [torch.ones_like(row) for row in rows]
+            mask = pad_sequence(ones, True, 0, side).to(model.device)
+            if length_sampler is not None:
+                kwargs["max_new_tokens"] = length_sampler()
+            output = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
+            first = 0 if seq2seq else ids.shape[1]
+            for i, row in zip(batch, output, strict=True):
+                responses[i] = cut_after_end(row[first:], end_ids, int(seq2seq))
+    finally:
+        model.train(was_training)
+        language_model.generation_config = own
+    return responses
+
+
+def end_token_ids(tokenizer, *ids):
+    """Collect the ids that end a response: the tokenizer's, and `ids` (one, a list or None)."""
+    ends = {tokenizer.eos_token_id}
+    for one_or_more in ids:
+        ends.update(one_or_more if isinstance(one_or_more, (list, tuple)) else [one_or_more])
+    return ends - {None}
+
+
+def cut_after_end(response, end_ids, first=0):
+    """Cut a response [T] after its first end token at or behind position `first`."""
+    end = torch.isin(response[first:], end_ids).nonzero()
+    return response[:first + end[0, 0] + 1] if len(end) else response
+
+
+def sampling_settings(own, tokenizer, temperature, kwargs):
+    """Return the generation config to use, and the arguments of `generate`.
+
+    Sampling draws from softmax(logits / temperature), whatever top-k, beams or penalties the
+    model's own config has: the policy that samples is then the policy that is scored. Settings in
+    kwargs that change the distribution are used, with a warning."""
+    fill = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    kwargs = {"pad_token_id": fill, **kwargs}
+    if not kwargs.get("do_sample", own.do_sample):
+        return own, kwargs
+    if kwargs.get("num_beams", 1) != 1:
+        raise ValueError("num_beams: a rollout is one sampled response per prompt, without beams")
+    kept = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "max_new_tokens",
+            "max_length")
+    settings = GenerationConfig(**{name: getattr(own, name) for name in kept})
+    plain = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    given = {**plain, **kwargs}
+    reshaped = {name: given[name] for name in plain if given[name] not in (plain[name], None)}
+    reshaped |= {name: kwargs[name] for name in RESHAPING if name in kwargs}
+    banned = {name: kwargs[name] for name in BANNING if name in kwargs}
+    if reshaped or banned:
+        warnings.warn(f"responses are sampled with {reshaped | banned} and scored with temperature "
+                      f"{temperature} alone: ratio and KL are those of another policy",
+                      stacklevel=4)
+    if reshaped:
+        return settings, given
+    draw = [*kwargs.get("logits_processor", []), TemperatureLogitsWarper(float(temperature)),
+            SampleToken()]
+    kwargs = {name: value for name, value in kwargs.items() if name not in plain}
+    # SampleToken leaves one token: greedy decoding takes it
+    return settings, {**kwargs, "logits_processor": LogitsProcessorList(draw), "do_sample": False}
+
+
+class SampleToken(LogitsProcessor):
+    """Sample the next token by inverting the CDF, and leave no other for greedy decoding.
+
+    torch.multinomial draws one exponential per entry of the vocabulary: a third of a rollout's
+    time on CPUs."""
+
+    def __call__(self, input_ids, scores):
+        cdf = scores.softmax(dim=-1).cumsum(dim=-1)
+        uniform = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, uniform, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
+
+
+# =============================================================================
+# Part 2, the machinery: nothing below is needed to understand an algorithm.
+# =============================================================================
+
+# ----------------------------------------------------------------------------- the command line
+def run(main, config_class):
+    """Run a script's command line: parse the flags of `config_class`, call `main(config)`.
+
+    An InputError ends the process with its one sentence and status 1; any other error keeps its
+    traceback. torchrun stops the other ranks as soon as one has failed."""
+    import datasets
+    import transformers
+    import tyro
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
+    setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
+    flags = tyro.constructors.ConstructorRegistry()
+    flags.primitive_rule(json_flag)
+    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=flags)
+    try:
+        record(main)(config)
+    except InputError as error:
+        sentence = f"{Path(sys.argv[0]).name}: error: {error}"
+        get_error_handler().record_exception(InputError(sentence))  # torchrun prints it last
+        sys.exit(sentence)
+    # only after success: while another rank waits in a collective, this call could wait for it
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def parse_json_or_name(words):
+    """Read JSON if the word begins with {, else a file's name."""
+    return json.loads(words[0]) if words[0].startswith("{") else words[0]
+
+
+def json_flag(field):
+    """Tell tyro how to read a field that takes a dict or a file's name, such as --fsdp-config."""
+    from tyro.constructors import PrimitiveConstructorSpec
+    if not any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="JSON|FILE",
+        is_instance=lambda value: isinstance(value, (dict, str, type(None))),
+        instance_from_str=parse_json_or_name,
+        str_from_instance=lambda value: [json.dumps(value)])
+
+
+@contextmanager
+def explain(what):
+    """Turn any error inside into an InputError: `what`, the error's first line, and its place."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = f"{type(error).__name__}, {Path(place.filename).name}:{place.lineno}"
+        raise InputError(f"{what}: {reason} ({where})") from error
+
+
+def check_ranges(config, intervals):
+    """Raise InputError for a field outside its interval, such as {"[0, 1]": ("gamma", "lam")}.
+
+    A round bracket excludes its bound. A field that is None is not checked."""
+    for interval, names in intervals.items():
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        for name in names:
+            value = getattr(config, name)
+            if value is None:
+                continue
+            above = value > low or (value == low and interval[0] == "[")
+            below = value < high or (value == high and interval[-1] == "]")
+            if not (above and below):
+                raise InputError(f"{name}={value}: give a number in {interval}")
+
+
+def read_settings(trainer_class, args, **arguments):
+    """Merge a trainer's constructor arguments with its config. Returns {name: value}.
+
+    An argument that differs from its default wins over the config's field of the same name. Raises
+    InputError if the field differs from its default too, and from the argument."""
+    parameters = inspect.signature(trainer_class.__init__).parameters
+    defaults = {field.name: field.default for field in fields(args)}
+    settings = {}
+    for name, value in arguments.items():
+        is_given = value is not parameters[name].default and value != parameters[name].default
+        in_config = getattr(args, name, None)
+        if is_given and in_config not in (None, defaults.get(name), value):
+            raise InputError(f"{name}={value!r}, and {name}={in_config!r} in args: give it once")
+        settings[name] = value if is_given or in_config is None else in_config
+    return settings
+
+
+def scale_learning_rate(rate, model):
+    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps."""
+    return rate * math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+
+
+def use_few_threads(model):
+    """Use one thread for a model below a million weights: to share its products takes longer."""
+    if sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------- data
+def load_rows(name, split="train"):
+    """Load the rows of a dataset -> datasets.Dataset. Raises InputError.
+
+    name: a local .jsonl, .json, .csv, .parquet or .txt file (each line is a row `text`), a folder
+    written by `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+             ".txt": "text"}
+    if path.is_file() and path.suffix not in kinds:
+        raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use {', '.join(kinds)}")
+    if path.suffix in kinds and not path.exists():
+        raise InputError(f"data file {name} does not exist here ({Path.cwd()})")
+    with explain(f"dataset {name} is neither a readable file or folder nor a dataset on the hub"):
+        if path.is_file():
+            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = load_from_disk(str(path))
+            return rows[split] if isinstance(rows, DatasetDict) else rows
+        return load_dataset(str(name), split=split)
+
+
+PROMPT_COLUMNS = ("query", "prompt", "messages", "text", "input_ids")
+
+
+def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False):
+    """Load prompts as rows {"query", "input_ids", "shown", "metadata"}.
+
+    These are the prompt's text, its token ids, what samples show of it (of a chat the last user
+    turn), and the whole row.
+    name: a dataset with a column query, prompt, messages (chat, through the tokenizer's template; a
+    last turn of the assistant is dropped), text or input_ids.
+    max_length: truncate prompts to this many tokens. longest: raise for a prompt with more tokens.
+    keep_columns: keep the other columns in the rows too. Raises InputError."""
+    rows = load_rows(name)
+    column = next((c for c in PROMPT_COLUMNS if c in rows.column_names), None)
+    if column is None:
+        raise InputError(f"dataset {name} has the columns {rows.column_names} and none of "
+                         f"{', '.join(PROMPT_COLUMNS)}: rename the one that holds the prompts")
+    prompts = []
+    with explain(f"dataset {name}: column {column} can't be tokenized"):
+        for number, row in enumerate(rows):
+            ids = prompt_ids(tokenizer, row[column])[:max_length]
+            if not ids:
+                raise InputError(f"dataset {name}, row {number}: {column} is empty; remove the row")
+            if longest is not None and len(ids) > longest:
+                raise InputError(f"dataset {name}, row {number}: {len(ids)} tokens leave no room "
+                                 f"for a response, the most is {longest}; set --max-query-length "
+                                 "or reduce --max-new-tokens")
+            query = tokenizer.decode(ids)
+            shown = text_to_show(row[column], tokenizer) if is_chat(row[column]) else query
+            prompt = {"query": query, "input_ids": ids, "shown": shown, "metadata": row}
+            prompts.append({**(row if keep_columns else {}), **prompt})
+    return prompts
+
+
+def is_chat(prompt):
+    """Is this prompt a list of chat messages?"""
+    return isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def prompt_ids(tokenizer, prompt):
+    """Tokenize a prompt: a text, chat messages, or token ids as they are."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt, verbose=False).input_ids
+    if is_chat(prompt):
+        messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                             return_dict=False)
+    return list(prompt or [])
+
+
+# ----------------------------------------------------------------------------- rewards
+def load_function(argument, name):
+    """Load `file.py:function`, whose file may import its neighbors. Raises InputError."""
+    file, _, function = str(name).rpartition(":")
+    with explain(f"{argument}={name} can't be loaded"):
+        sys.path.insert(0, str(Path(file).resolve().parent))
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)  # worker processes find its functions by name
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+
+
+def load_reward(name, label=None, device="cpu"):
+    """Load a reward function (texts, metadata) -> a list of scalar tensors. Raises InputError.
+
+    name: `file.py:function`, which takes a list of texts (prompt and response) and returns as many
+    numbers; if it has an argument `metadata`, it gets the prompts' rows, a list of dicts, too. Or a
+    sequence classifier's folder or hub name, whose score is the logit of its only label, or of
+    `label` (name or number)."""
+    if str(name).rpartition(":")[0].endswith(".py"):
+        score = load_function("reward_model", name)
+    else:
+        score = load_classifier(name, label, device)
+    takes_metadata = "metadata" in inspect.signature(score).parameters
+
+    def reward(texts, metadata=None):
+        with explain(f"reward_model {name} failed on {len(texts)} texts, the first: {texts[0]!r}"):
+            scores = score(texts, metadata=metadata) if takes_metadata else score(texts)
+            scores = [torch.tensor(float(number)) for number in scores]
+        if len(scores) != len(texts):
+            raise InputError(f"reward_model {name} returned {len(scores)} scores for {len(texts)} "
+                             "texts: return one per text")
+        return scores
+
+    return reward
+
+
+def load_classifier(name, label, device):
+    """Load a sequence classifier as a function: a list of texts -> a list of numbers."""
+    with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's "
+                 "folder or hub name"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+    names = {str(label_name): i for i, label_name in model.config.id2label.items()}
+    labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
+    if model.config.num_labels > 1 and label is None:
+        raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the "
+                         f"one that is the score with --reward-label, one of {', '.join(names)}")
+    if label is not None and label not in labels:
+        raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
+    column = 0 if label is None else labels[label]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.truncation_side = "left"  # the response is at the end
+    model.config.pad_token_id = tokenizer.pad_token_id
+    longest = getattr(model.config, "max_position_embeddings", None) or 10**9
+    longest = min(tokenizer.model_max_length, longest)
+
+    @torch.inference_mode()
+    def score(texts):
+        scores = []
+        for start in range(0, len(texts), 64):
+            # padded on the right: GPT-2 classifiers count positions from the first column
+            inputs = tokenizer(texts[start:start + 64], padding=True, padding_side="right",
+                               truncation=True, max_length=longest, return_tensors="pt")
+            scores += model(**inputs.to(device)).logits[:, column].float().tolist()
+        return scores
+
+    return score
+
+
+# ----------------------------------------------------------------------------- models and adapters
+def load_tokenizer(name):
+    """Load the tokenizer of a model's folder or hub name, with a pad token."""
+    return with_padding(AutoTokenizer.from_pretrained(name))
+
+
+def with_padding(tokenizer):
+    """Return the tokenizer, or a copy that pads with its end token. Raises InputError.
+
+    Masks come from lengths, never from `id == pad`, so a model still learns to end."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    if tokenizer.eos_token is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has neither a pad token nor an "
+                         "end-of-sequence token: set tokenizer.pad_token")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(name, dtype):
+    """Load a tokenizer and a language model by hub name or folder. Raises InputError.
+
+    The model is causal or an encoder-decoder, or an adapter on one, which trains further."""
+    with explain(f"model_name {name} can't be loaded"):
+        tokenizer = load_tokenizer(name)
+        seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
+        auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        return tokenizer, load_pretrained(auto_class, name, True, dtype=dtype)
+
+
+def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
+    """Load a plain model, or base model and adapter if `name` is an adapter."""
+    base = base_of(name)
+    model = auto_class.from_pretrained(base, *args, **kwargs)
+    if base == name:
+        return model
+    from peft import PeftModel
+    return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+
+
+def base_of(name):
+    """Return the name of the base model of a LoRA adapter; of any other model its own name."""
+    from transformers.utils import find_adapter_config_file
+    if find_adapter_config_file(name) is None:
+        return name
+    from peft import PeftConfig
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def lora_config(config, task_type):
+    """Make a peft LoraConfig for all linear layers of config's lora_r and lora_alpha; None if 0."""
+    if not config.lora_r:
+        return None
+    from peft import LoraConfig
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear",
+                      task_type=task_type)
+
+
+def with_adapter(model, peft_config, seed=None):
+    """Put a fresh adapter on the model; equal seeds draw equal ones. Raises InputError."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    if hasattr(model, "peft_config"):
+        raise InputError("peft_config: the model has an adapter already; give one or the other")
+    if getattr(model, "is_quantized", False):  # Trainer's own switch turns checkpointing on
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if seed is not None:
+        set_seed(seed)
+    return get_peft_model(model, peft_config)
+
+
+# ----------------------------------------------------------------------------- output files
+def writable_folder(path, fresh):
+    """Create the output folder and check that it is writable. Raises InputError.
+
+    A fresh run refuses a folder that holds the checkpoints of another run."""
+    path = Path(path)
+    with explain(f"output_dir {path} can't be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    left = sorted(folder.name for folder in path.glob("checkpoint-*"))
+    if fresh and left:
+        raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, "
+                         "choose another --output-dir, or remove it")
+    if fresh and os.environ.get("RANK", "0") == "0":
+        (path / "samples.jsonl").unlink(missing_ok=True)  # runs append to it
+
+
+def checkpoints(path):
+    """List the checkpoint-<n> folders in the folder `path`, oldest first."""
+    found = [folder for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[11:]))
+
+
+def newest_checkpoint(path, last_file=""):
+    """Return `path` if it is a checkpoint-<n>, else the largest n in it. Raises InputError.
+
+    last_file: the file that is written last, without which a checkpoint is incomplete."""
+    path = Path(path)
+    if path.name.startswith("checkpoint-") and path.is_dir():
+        return path
+    found = [folder for folder in checkpoints(path) if (folder / last_file).exists()]
+    if not found:
+        raise InputError(f"resume from {path}: no checkpoint-<n> there; give a checkpoint or the "
+                         "output folder of a run")
+    return found[-1]
+
+
+def trainer_checkpoint(path):
+    """Return the newest complete checkpoint of a Trainer's run. Raises InputError.
+
+    Opens every file, so that a damaged checkpoint fails here and not in mid-training."""
+    checkpoint = newest_checkpoint(path, "trainer_state.json")
+    with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        if not any(checkpoint.glob("*model*")):
+            raise FileNotFoundError("it holds no weights")
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()
+            elif file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
+                zipfile.ZipFile(file).close()
+    return str(checkpoint)
+
+
+class MetricsFile:
+    """metrics.jsonl, one line per update. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path, current_step):
+        lines = path.read_text().splitlines() if path.exists() and current_step else []
+        complete = [line for line in lines if line.endswith("}")]
+        kept = [line for line in complete if json.loads(line)["update"] <= current_step]
+        aside = path.with_suffix(".tmp")  # a kill while this file is rewritten loses nothing
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
+        self.path = path
+
+    def write(self, row):
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def text_to_show(prompt, tokenizer):
+    """Return what samples show of a prompt: of a chat the last user turn, else its text."""
+    if isinstance(prompt, str):
+        return prompt
+    if is_chat(prompt):
+        turns = [turn["content"] for turn in prompt if turn["role"] == "user"]
+        return str((turns or [prompt[-1]["content"]])[-1])
+    return tokenizer.decode(prompt, skip_special_tokens=True)
+
+
+def log_samples(folder, title, rows):
+    """Print samples and append them to samples.jsonl. Call on one rank.
+
+    rows: dicts of numbers (printed first) and texts (later lines indented), such as {"update": 0,
+    "query": "the plot was", "response": " bland.", "score": -2.9}."""
+    tqdm.write(f"\n{title}")
+    with Path(folder, "samples.jsonl").open("a") as file:
+        for row in rows:
+            numbers = [f"{value:+6.2f}  " for value in row.values() if isinstance(value, float)]
+            texts = [value for value in row.values() if isinstance(value, str)]
+            tqdm.write("  " + "".join(numbers) + " |".join(texts).replace("\n", "\n      "))
+            file.write(json.dumps(row) + "\n")
+
+
+def write_model_card(folder, what, config, data, metrics):
+    """Write README.md of a trained model: what it is, its sources, its last metrics.
+
+    Call on one rank."""
+    sources = {"model": config.model_name or "toy", **data}
+    sources = ", ".join(f"{kind} `{name}`" for kind, name in sources.items())
+    timing = ("runtime", "per_second", "step")
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items()
+                      if isinstance(value, (int, float)) and not name.endswith(timing))
+    Path(folder, "README.md").write_text(f"""---
+library_name: transformers
+---
+# {Path(folder).resolve().name}
+
+{what}, from {sources}.
+
+| | at the end |
+|---|---|
+{table}
+""")
+
+
+# ----------------------------------------------------------------------------- files on Trainer
+class Journal(TrainerCallback):
+    """Write a Trainer's metrics to metrics.jsonl and show a progress bar, on the main rank.
+
+    Each line is {"update": optimizer steps so far, "loss": ..., ...}."""
+
+    def __init__(self, folder):
+        self.path, self.file = Path(folder) / "metrics.jsonl", None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        main = state.is_world_process_zero
+        self.file = MetricsFile(self.path, state.global_step) if main else None
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
+                        disable=not main or args.disable_tqdm)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps:  # a run shorter than logging_steps has a loss too
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.file:
+            self.file.write({"update": state.global_step, **logs})
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        timing = ("runtime", "per_second", "epoch")
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items()
+                 if not name.endswith(timing)]
+        if state.is_world_process_zero:
+            tqdm.write(f"epoch {state.epoch or 0:.2f}: {', '.join(shown)}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def last_evaluation(trainer):
+    """Return the final evaluation's metrics; evaluate again if the best model was loaded since."""
+    last = trainer.state.log_history[-2:][0]  # before train()'s own line
+    is_current = "eval_loss" in last and not trainer.args.load_best_model_at_end
+    return last if is_current else trainer.evaluate()
+
+
+# ----------------------------------------------------------------------------- ppo.py and ddpo.py
+class LoopTrainer:
+    """Ranks, trackers and checkpoints of a trainer that owns its loop (PPOTrainer, DDPOTrainer).
+
+    A subclass makes `accelerator`, `optimizer` and `config`, and defines `state_dict` and
+    `load_state_dict` for what a checkpoint holds besides weights, optimizer and random numbers."""
+
+    keep_checkpoints = 1
+
+    def sum_over_ranks(self, tensor):
+        """Sum a tensor over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, "sum")
+
+    def start_trackers(self):
+        """Start the tracker `log_with` with the config's plain values."""
+        config = self.config
+        if config.log_with:
+            plain = {name: value for name, value in config.to_dict().items()
+                     if isinstance(value, (int, float, str, bool))}
+            self.accelerator.init_trackers(config.tracker_project_name, plain,
+                                           config.tracker_kwargs)
+
+    def log_table_and_histograms(self, vectors, columns, table):
+        """Send vectors {name: tensor [n]} and a table of samples to the tracker (main rank)."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            if tracker.name == "wandb":
+                import wandb
+                # a ratio may overflow, and a histogram's bins can be too narrow for float32
+                histograms = {name: wandb.Histogram(x[x.isfinite()].double().cpu().numpy())
+                              for name, x in vectors.items()}
+                tracker.log(histograms, step=self.current_step)
+                tracker.log_table("game_log", columns, table, step=self.current_step)
+            else:
+                for name, vector in vectors.items():
+                    tracker.writer.add_histogram(name, vector.float().cpu(), self.current_step)
+                rows = [" | ".join([f"{reward:.2f}", *map(str, row)]) for *row, reward in table]
+                tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
+
+    def save_checkpoint(self, folder, number):
+        """Write folder/checkpoint-<number> and remove the oldest ones. Call on every rank.
+
+        It is written aside and then renamed: a run that is killed meanwhile has the one before."""
+        final, aside = Path(folder, f"checkpoint-{number}"), Path(folder, "checkpoint.tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(aside), safe_serialization=False)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            # never a newer one, which another run may have left here
+            older = [path for path in checkpoints(folder) if int(path.name[11:]) < number]
+            for old in older[::-1][self.keep_checkpoints - 1:]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()

@@ -49,7 +49,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import common
 from common import (TOY, InputError, Journal, base_of, check_finite, create_reference_model, explain, last_evaluation,
-                    load_language_model, load_pretrained, load_rows, logprobs_from_logits, lora_config, only_logits_of,
+                    load_language_model, load_pretrained, load_rows, label_logprobs, lora_config, only_logits_of,
                     prepare_process, run, set_seed, trainer_checkpoint, with_adapter, writable_folder, write_model_card)
 
 LOSSES = ("sigmoid", "hinge", "ipo", "kto", "kto_pair")
@@ -627,7 +627,7 @@ class DPOTrainer(Trainer):
             logits, labels = logits[:, :-1], labels[:, 1:]
         answers = labels != label_pad_token_id
         logps = logits.new_zeros(labels.shape, dtype=torch.float32)
-        logps = logps.masked_scatter(answers, logprobs_from_logits(logits[answers], labels[answers])).sum(1)
+        logps = logps.masked_scatter(answers, label_logprobs(logits[answers], labels[answers])).sum(1)
         return logps / answers.sum(1) if average_log_prob else logps
 
     def concatenated_forward(self, model, batch, answers_only=False):
@@ -675,7 +675,7 @@ class DPOTrainer(Trainer):
         lengths = spread(torch.ones_like(targets)).sum(1)
         with torch.no_grad():
             logits = spread(output.logits.mean(-1, dtype=torch.float32)).sum(1) / lengths
-        logps = spread(logprobs_from_logits(output.logits, targets)).sum(1)
+        logps = spread(label_logprobs(output.logits, targets)).sum(1)
         logps = logps / lengths if self.loss_type == "ipo" else logps
         return *logps.split(B), *logits.split(B), self._balance(output)
 

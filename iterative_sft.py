@@ -51,8 +51,8 @@ from transformers.integrations.neftune import deactivate_neftune
 from transformers.trainer_callback import ExportableState
 
 from common import (TOY, InputError, Journal, check_finite, explain, load_language_model, load_prompts, load_reward,
-                    load_rows, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
-                    trainer_checkpoint, whole_weights, with_adapter, writable_folder, write_model_card)
+                    load_rows, label_logprobs, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
+                    trainer_checkpoint, unsharded, with_adapter, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
 
@@ -186,7 +186,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
     """logits [N, V], targets [N] -> -log p(target) [N] in nats; with smoothing eps, the target's share of the probability
     is 1 - eps, and eps is spread over the whole vocabulary (Szegedy et al. 2015)."""
     if not label_smoothing:
-        return -logprobs_from_logits(logits, targets)
+        return -label_logprobs(logits, targets)
     logp = logprobs_from_logits(logits, targets, gather=False)
     return -(1 - label_smoothing) * logp.gather(-1, targets[:, None])[:, 0] - label_smoothing * logp.mean(-1)
 
@@ -532,7 +532,7 @@ def sample(model, tokenizer, queries, n, config):
             side = "right" if seq2seq else "left"
             mask = pad_sequence([torch.ones_like(row) for row in ids], True, 0, padding_side=side).to(model.device)
             ids = pad_sequence(ids, True, tokenizer.pad_token_id, padding_side=side).to(model.device)
-            with whole_weights(model):
+            with unsharded(model):
                 output = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=False)
             output = output[:, 1 if seq2seq else ids.shape[1]:]
             for row, i in enumerate(picked):
@@ -557,7 +557,7 @@ def answer(trainer, reward, rows, n, seed):
     # A query and its answer are decoded together: a decoder may drop the space that a text begins with.
     whole = [f"{decode(row['input_ids'])} {decode(y)}" if trainer.seq2seq else decode([*row["input_ids"], *y.tolist()])
              for row, group in zip(rows, answers) for y in group]
-    scores = torch.stack(reward(whole))
+    scores = torch.stack(reward(whole, [row["metadata"] for row, group in zip(rows, answers) for _ in group]))
     for score, text in zip(scores.tolist(), whole):
         if not math.isfinite(score):
             raise InputError(f"reward_model gives {score} to {text!r}: scores must be finite, or none is the best; mend the "

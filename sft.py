@@ -47,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
 from common import (TOY, InputError, Journal, check_finite, explain, last_evaluation, load_language_model, load_rows,
-                    load_tokenizer, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
+                    load_tokenizer, label_logprobs, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
                     trainer_checkpoint, with_adapter, with_padding, writable_folder, write_model_card)
 
 IGNORE = -100  # the label of a token that is not learnt
@@ -427,7 +427,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
     """logits [N, V], targets [N] -> -log p(target) [N] in nats; with smoothing eps, the target's share of the probability
     is 1 - eps, and eps is spread over the whole vocabulary (Szegedy et al. 2015)."""
     if not label_smoothing:
-        return -logprobs_from_logits(logits, targets)
+        return -label_logprobs(logits, targets)
     logp = logprobs_from_logits(logits, targets, gather=False)
     return -(1 - label_smoothing) * logp.gather(-1, targets[:, None])[:, 0] - label_smoothing * logp.mean(-1)
 

@@ -5,6 +5,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -270,7 +271,8 @@ def prompts(tmp_path, make_tokenizer):
 @pytest.mark.parametrize("column", ["query", "prompt", "text"])
 def test_prompts_are_texts(column, prompts):
     assert prompts([{column: "w4 w5"}, {column: "w6"}]) == [
-        {"query": "w4 w5", "input_ids": [4, 5]}, {"query": "w6", "input_ids": [6]}]
+        {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "metadata": {column: "w4 w5"}},
+        {"query": "w6", "input_ids": [6], "shown": "w6", "metadata": {column: "w6"}}]
 
 
 def test_a_query_is_taken_before_a_text(prompts):
@@ -278,29 +280,43 @@ def test_a_query_is_taken_before_a_text(prompts):
 
 
 def test_prompts_are_tokens(prompts):
-    assert prompts([{"input_ids": [7, 8]}]) == [{"query": "w7 w8", "input_ids": [7, 8]}]
+    (row,) = prompts([{"input_ids": [7, 8]}])
+    assert row["query"] == "w7 w8" and row["input_ids"] == [7, 8]
 
 
 @pytest.mark.parametrize("column", ["messages", "prompt"])
 def test_prompts_are_chats_whose_last_answer_is_left_off(column, prompts):
     user, assistant = {"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}
     assert prompts([{column: [user, assistant]}])[0]["input_ids"] == [1, 4, EOS]
-    assert prompts([{column: [user, assistant, user]}])[0]["input_ids"] == [1, 4, 3, 5, 1, 4, EOS]
+    (row,) = prompts([{column: [user, assistant, {**user, "content": "w6"}]}])
+    assert row["input_ids"] == [1, 4, 3, 5, 1, 6, EOS]
+    assert row["shown"] == "w6"  # samples show the last user turn, without the template
 
 
 def test_prompts_are_truncated_to_their_first_tokens(prompts):
-    assert prompts([{"query": "w4 w5 w6"}], max_length=2) == [
-        {"query": "w4 w5", "input_ids": [4, 5]}
-    ]
+    (row,) = prompts([{"query": "w4 w5 w6"}], max_length=2)
+    assert row["query"] == "w4 w5" and row["input_ids"] == [4, 5]
     assert prompts([{"query": "w4 w5 w6"}], max_length=2, longest=2)[0]["input_ids"] == [4, 5]
 
 
-def test_other_columns_are_kept_on_request_and_the_query_is_what_the_model_reads(prompts):
+def test_the_row_is_metadata_and_the_query_is_what_the_model_reads(prompts):
     rows = [{"query": "w4 w5", "answer": 7}]
-    assert prompts(rows) == [{"query": "w4 w5", "input_ids": [4, 5]}]
-    assert prompts(rows, keep_columns=True, max_length=1) == [
-        {"query": "w4", "input_ids": [4], "answer": 7}
-    ]
+    metadata = {"query": "w4 w5", "answer": 7}
+    (row,) = prompts(rows)
+    assert row == {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "metadata": metadata}
+    (row,) = prompts(rows, keep_columns=True, max_length=1)
+    assert row == {
+        "query": "w4", "input_ids": [4], "shown": "w4", "answer": 7, "metadata": metadata}
+
+
+def test_a_reward_function_gets_the_prompts_rows_and_imports_its_neighbor(tmp_path):
+    (tmp_path / "neighbour_of_reward.py").write_text("def length(text):\n    return len(text)\n")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour_of_reward import length\n"
+        "def score(texts, metadata):\n"
+        "    return [length(t) - row['answer'] for t, row in zip(texts, metadata)]\n")
+    reward = common.load_reward(f"{tmp_path}/mine.py:score")
+    assert reward(["abc", "a"], [{"answer": 1}, {"answer": 5}]) == [2.0, -4.0]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +436,7 @@ def test_a_reward_is_any_function_of_texts(tmp_path):
     [
         ("few", "mine.py:few.* 1 scores for 2 texts"),
         ("sick", "mine.py:sick.* 2 texts.*'a'.*division by zero.*mine.py:8"),
-        ("absent", "mine.py:absent.*KeyError"),
+        ("absent", "mine.py:absent.*AttributeError"),
     ],
 )
 def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, named, tmp_path):
@@ -475,6 +491,55 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_with_them(tmp_
         path.write_text(path.read_text() + '{"update": 5, "fr')  # killed in the middle of a line
     assert [json.loads(line) for line in path.read_text().splitlines()[:-1]] == [
         {"update": u, "from": f} for u, f in ((1, 0), (2, 0), (3, 2), (4, 2))]
+
+
+def test_samples_are_printed_indented_and_appended(tmp_path, capsys):
+    rows = [{"update": 3, "query": "why?", "response": "first\nsecond", "score": -1.5}]
+    common.log_samples(tmp_path, "after training", rows)
+    common.log_samples(tmp_path, "again", rows)
+    printed = capsys.readouterr()
+    assert "   -1.50  why? |first\n      second" in printed.out + printed.err
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").open()] == rows * 2
+
+
+@dataclasses.dataclass
+class Settings:
+    beta: float = None
+    max_length: int = 9
+
+
+class ReadsSettings:
+    def __init__(self, args=None, beta=0.1, max_length=None, extra=0):
+        self.settings = common.read_settings(
+            ReadsSettings, args, beta=beta, max_length=max_length, extra=extra)
+
+
+@pytest.mark.parametrize("args, arguments, settings", [
+    ({}, {}, (0.1, 9, 0)),                              # None in the config: the argument's default
+    ({"beta": 2.0}, {"extra": 5}, (2.0, 9, 5)),         # the config is read
+    ({}, {"max_length": 4}, (0.1, 4, 0)),               # an argument wins over the config's default
+    ({"max_length": 4}, {"max_length": 4}, (0.1, 4, 0)),
+])
+def test_a_trainer_reads_its_config_and_an_argument_wins(args, arguments, settings):
+    trainer = ReadsSettings(Settings(**args), **arguments)
+    assert tuple(trainer.settings[name] for name in ("beta", "max_length", "extra")) == settings
+
+
+def test_an_argument_and_a_config_that_disagree_are_an_error():
+    with pytest.raises(InputError, match="max_length=4.*max_length=5"):
+        ReadsSettings(Settings(max_length=5), max_length=4)
+
+
+def test_the_default_learning_rate_falls_with_the_square_root_of_the_size():
+    model = torch.nn.Linear(2000, 200, bias=False)  # 400,000 weights
+    assert common.scale_learning_rate(4e-3, model) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, 1.5, math.inf])
+def test_a_number_outside_its_range_is_an_error(value):
+    with pytest.raises(InputError, match=rf"beta={value}.*\[0, 1\)"):
+        common.check_ranges(Settings(beta=value), {"[0, 1)": ("beta",)})
+    common.check_ranges(Settings(beta=0.0), {"[0, 1)": ("beta",)})
 
 
 def test_a_fresh_run_begins_metrics_of_its_own(tmp_path):
@@ -646,6 +711,11 @@ def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_mode
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (before, after)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # sums of floats, not always the same
     assert "2/4" in capsys.readouterr().err  # the bar begins where the run was
+
+
+def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
+    train(make_hf_model("gpt2"), tmp_path, logging_steps=100)
+    assert [row["update"] for row in lines(tmp_path) if "loss" in row] == [4]
 
 
 def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):

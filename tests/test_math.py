@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 import ppo
 
 row = lambda *numbers: torch.tensor([[float(n) for n in numbers]])
@@ -153,45 +154,45 @@ def test_beta_rises_above_the_target_and_falls_below(kl, direction):
 def test_masked_moments_by_hand():
     # 1 and 3 of 1, 3, 5: mean 2; squares of the errors 1 + 1, by n - 1 = 1: 2, by n: 1
     values, mask = row(1, 3, 5), row(1, 1, 0)
-    assert ppo.masked_mean(values, mask) == 2
-    assert ppo.masked_var(values, mask) == 2 and ppo.masked_var(values, mask, unbiased=False) == 1
+    assert common.masked_mean(values, mask) == 2
+    assert common.masked_var(values, mask) == 2 and common.masked_var(values, mask, unbiased=False) == 1
     both, masks = torch.tensor([[1.0, 3, 5], [2, 4, 9]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert ppo.masked_mean(both, masks, axis=1).tolist() == [2, 6.5]
-    assert ppo.masked_mean(both, masks, axis=0).tolist() == [1, 3.5, 9]
-    assert ppo.masked_mean(both, masks) == 17 / 4  # of tokens, not of rows
+    assert common.masked_mean(both, masks, axis=1).tolist() == [2, 6.5]
+    assert common.masked_mean(both, masks, axis=0).tolist() == [1, 3.5, 9]
+    assert common.masked_mean(both, masks) == 17 / 4  # of tokens, not of rows
 
 
 def test_whitening_by_hand():
     # 1, 2, 3: mean 2, variance 1
     values, mask = row(1, 2, 3, 99), row(1, 1, 1, 0)
-    assert ppo.masked_whiten(values, mask)[0, :3].tolist() == near([-1, 0, 1])
-    assert ppo.masked_whiten(values, mask, shift_mean=False)[0, :3].tolist() == near([1, 2, 3])
-    assert ppo.whiten(row(2, 4, 6)).tolist()[0] == near([-1, 0, 1])
-    assert ppo.whiten(row(2, 4, 6), shift_mean=False).tolist()[0] == near([3, 4, 5])
+    assert common.masked_whiten(values, mask)[0, :3].tolist() == near([-1, 0, 1])
+    assert common.masked_whiten(values, mask, shift_mean=False)[0, :3].tolist() == near([1, 2, 3])
+    assert common.whiten(row(2, 4, 6)).tolist()[0] == near([-1, 0, 1])
+    assert common.whiten(row(2, 4, 6), shift_mean=False).tolist()[0] == near([3, 4, 5])
 
 
 def test_whitened_values_have_mean_0_and_variance_1_whatever_their_scale_and_mask():
     values, mask = torch.randn(6, 9), (torch.rand(6, 9) > 0.3).float()
-    white = ppo.masked_whiten(values, mask)
-    assert ppo.masked_mean(white, mask).item() == near(0)
-    assert ppo.masked_var(white, mask).item() == near(1, 1e-5)
-    again = ppo.masked_whiten(7 * values + 3 + 100 * (1 - mask), mask)
+    white = common.masked_whiten(values, mask)
+    assert common.masked_mean(white, mask).item() == near(0)
+    assert common.masked_var(white, mask).item() == near(1, 1e-5)
+    again = common.masked_whiten(7 * values + 3 + 100 * (1 - mask), mask)
     torch.testing.assert_close(again * mask, white * mask, atol=1e-4, rtol=1e-4)
 
 
 def test_whitening_sees_all_ranks():
     """Each of two ranks whitens its half like the whole; they exchange sums alone."""
     values, mask = torch.randn(4, 5), torch.ones(4, 5)
-    whole = ppo.masked_whiten(values, mask)
+    whole = common.masked_whiten(values, mask)
     mean = values.mean()
     others = [torch.tensor([10.0, values[2:].sum()]), ((values[2:] - mean) ** 2).sum()]
-    mine = ppo.masked_whiten(values[:2], mask[:2], sum_over_ranks=lambda x: x + others.pop(0))
+    mine = common.masked_whiten(values[:2], mask[:2], sum_over_ranks=lambda x: x + others.pop(0))
     torch.testing.assert_close(mine, whole[:2])
 
 
 def test_one_value_has_no_variance_and_is_left_alone():
-    assert ppo.masked_whiten(row(5, 7), row(1, 0))[0, 0] == 5
-    assert ppo.masked_var(row(5, 7), row(1, 0)) == 0
+    assert common.masked_whiten(row(5, 7), row(1, 0))[0, 0] == 5
+    assert common.masked_var(row(5, 7), row(1, 0)) == 0
 
 
 def moments(*batches, ranks=1, gather=None):
