@@ -12,7 +12,8 @@ Part 2, what a command line needs:
     load_rows, load_prompts, load_reward     data and rewards: a file, a folder or a hub name
     load_language_model, lora_config         models and adapters
     writable_folder, MetricsFile, ...        the output folder and its files
-    LoopTrainer                              trackers and checkpoints of ppo.py and ddpo.py
+    RetiredArguments, replace_retired        fields of transformers 4's TrainingArguments
+    LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
 
 Nothing happens at import: no network, no CUDA, no seed.
 """
@@ -31,13 +32,16 @@ import traceback
 import warnings
 import zipfile
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Annotated, Optional, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -53,11 +57,14 @@ from transformers import (
     GenerationConfig,
     TrainerCallback,
 )
-from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+)
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
-SLICE = 64  # rows of logits [N, V] that LabelLogProb works on at a time, to stay in the cache
 
 
 class InputError(ValueError):
@@ -138,35 +145,6 @@ def logprobs_from_logits(logits, labels, gather=True):
         return F.log_softmax(logits.float(), dim=-1)
     nll = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
     return -nll.view(labels.shape)
-
-
-class LabelLogProb(torch.autograd.Function):
-    """Compute log softmax(logits)[label] of logits [N, V] without another tensor of this size.
-
-        d log p(label) / d logits = onehot(label) - p
-
-    The gradient overwrites the logits: whatever else needs them comes before the backward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, labels):
-        logsumexp = torch.cat([part.logsumexp(-1) for part in logits.split(SLICE)])
-        ctx.save_for_backward(logits, labels, logsumexp)
-        return logits.gather(-1, labels[:, None])[:, 0] - logsumexp
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, labels, logsumexp = ctx.saved_tensors
-        result = logits.detach()
-        rows = (x.split(SLICE) for x in (result, logsumexp, gradient))
-        for part, lse, g in zip(*rows, strict=True):
-            part.sub_(lse[:, None]).exp_().mul_(-g[:, None])
-        return result.scatter_add_(-1, labels[:, None], gradient[:, None]), None
-
-
-def label_logprobs(logits, labels):
-    """Compute logprobs_from_logits for a training loss; the backward pass uses up the logits."""
-    rows = LabelLogProb.apply(logits.flatten(0, -2).float(), labels.flatten())
-    return rows.view(labels.shape)
 
 
 def entropy_from_logits(logits):
@@ -634,12 +612,17 @@ def run(main, config_class):
     traceback. torchrun stops the other ranks as soon as one has failed."""
     import datasets
     import transformers
-    import tyro
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+    from torch.distributed.elastic.multiprocessing.errors import (
+        get_error_handler,
+        record,
+    )
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
+    # peft reads a property of models by its old name, and finds out about GPT-2's layers itself
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
     setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
     flags = tyro.constructors.ConstructorRegistry()
     flags.primitive_rule(json_flag)
@@ -700,6 +683,15 @@ def check_ranges(config, intervals):
             below = value < high or (value == high and interval[-1] == "]")
             if not (above and below):
                 raise InputError(f"{name}={value}: give a number in {interval}")
+
+
+def check_arguments(name, arguments, function):
+    """Raise InputError if the dict `arguments`, the option `name`, holds one function lacks."""
+    known = inspect.signature(function).parameters
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise InputError(f"{name}={arguments}: {function.__name__} has no argument "
+                         f"{', '.join(unknown)}; its arguments are {', '.join(known)}")
 
 
 def read_settings(trainer_class, args, **arguments):
@@ -995,9 +987,36 @@ def trainer_checkpoint(path):
         for file in checkpoint.iterdir():
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").keys()
-            elif file.suffix in (".pt", ".pth", ".bin") and file.name != "training_args.bin":
+            elif file.name == "training_args.bin":
+                continue
+            elif file.suffix in (".pt", ".pth", ".bin", ".pkl"):
                 zipfile.ZipFile(file).close()
     return str(checkpoint)
+
+
+@contextmanager
+def new_checkpoint(accelerator, folder, number, keep=None, best=None):
+    """Yield a folder to write to, which becomes folder/checkpoint-<number>. Call on every rank.
+
+    It is renamed when it is complete: a run that is killed meanwhile has the one before. Then the
+    oldest are removed, except `keep` of them (None: all) and the one whose path is `best`."""
+    final, aside = Path(folder, f"checkpoint-{number}"), Path(folder, "checkpoint.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    aside.mkdir(parents=True, exist_ok=True)
+    yield aside
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        # never a newer one, which another run may have left here
+        older = [path for path in checkpoints(folder) if int(path.name[11:]) < number]
+        too_many = 0 if keep is None else max(len(older) + 1 - keep, 0)
+        for old in older[:too_many]:
+            if best is None or old.name != Path(best).name:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
 
 
 class MetricsFile:
@@ -1067,16 +1086,24 @@ library_name: transformers
 class Journal(TrainerCallback):
     """Write a Trainer's metrics to metrics.jsonl and show a progress bar, on the main rank.
 
-    Each line is {"update": optimizer steps so far, "loss": ..., ...}."""
+    Each line is {"update": optimizer steps so far, "loss": ..., ...}.
+    phases: what the bar says between and within epochs, such as ("sampling", "learning")."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, phases=("", "")):
         self.path, self.file = Path(folder) / "metrics.jsonl", None
+        self.phases = phases
 
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
         self.file = MetricsFile(self.path, state.global_step) if main else None
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
-                        disable=not main or args.disable_tqdm)
+                        desc=self.phases[0] or None, disable=not main or args.disable_tqdm)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.bar.set_description(self.phases[1])
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.bar.set_description(self.phases[0])
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -1107,14 +1134,103 @@ def last_evaluation(trainer):
     return last if is_current else trainer.evaluate()
 
 
+# ----------------------------------------------------------------------------- retired arguments
+# Fields that transformers 5 has renamed: type, default, and today's field, "field.key" of a dict
+# field, or {field: value}.
+RENAMED = {
+    "evaluation_strategy": (str, "no", "eval_strategy"),
+    "per_gpu_train_batch_size": (Optional[int], None, "per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": (Optional[int], None, "per_device_eval_batch_size"),
+    "warmup_ratio": (float, 0.0, "warmup_steps"),  # below 1 it is a fraction of all steps
+    "no_cuda": (bool, False, "use_cpu"),
+    "tpu_metrics_debug": (bool, False, {"debug": "tpu_metrics_debug"}),
+    "fsdp_min_num_params": (int, 0, "fsdp_config.min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": (
+        Optional[str], None, "fsdp_config.transformer_layer_cls_to_wrap"),
+    "adafactor": (bool, False, {"optim": "adafactor"}),
+    "group_by_length": (bool, False, {"train_sampling_strategy": "group_by_length"}),
+    "include_inputs_for_metrics": (bool, False, {"include_for_metrics": ["inputs"]}),
+    "push_to_hub_model_id": (Optional[str], None, "hub_model_id"),
+    "push_to_hub_token": (Optional[str], None, "hub_token"),
+    "torchdynamo": (Optional[str], None, "torch_compile_backend"),  # which sets torch_compile
+    "dispatch_batches": (Optional[bool], None, "accelerator_config.dispatch_batches"),
+    "split_batches": (bool, False, "accelerator_config.split_batches"),
+    "include_tokens_per_second": (bool, False, {"include_num_input_tokens_seen": "all"}),
+}
+# Fields that transformers 5 has removed: type, default, and what to do instead.
+REMOVED = {
+    "overwrite_output_dir": (bool, False, "files are always overwritten; empty the folder instead"),
+    "logging_dir": (Optional[str], None, "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "save_safetensors": (bool, True, "for the old format call torch.save(model.state_dict(), ...)"),
+    "use_mps_device": (bool, False, "Apple's GPU is the default; use_cpu turns it off"),
+    "jit_mode_eval": (bool, False, "use torch_compile"),
+    "use_ipex": (bool, False, "use bf16 or torch_compile"),
+    "fp16_opt_level": (str, "O1", "use fp16 or bf16, which do what O1 did"),
+    "half_precision_backend": (str, "auto", "use fp16 or bf16"),
+    "tpu_num_cores": (Optional[int], None, "give the number of cores to torch_xla's launcher"),
+    "past_index": (int, -1, "leave it out"),
+    "use_legacy_prediction_loop": (bool, False, "leave it out"),
+    "fp16_backend": (str, "auto", "use fp16 or bf16"),
+    "push_to_hub_organization": (Optional[str], None, "use hub_model_id='organization/name'"),
+    "mp_parameters": (str, "", "use fsdp or deepspeed"),
+    "ray_scope": (str, "last", "set the environment variable RAY_SCOPE"),
+}
+RETIRED = {**RENAMED, **REMOVED}
+RetiredArguments = make_dataclass("RetiredArguments", [
+    (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
+    for name, (kind, default, _) in RETIRED.items()])
+
+
+def replace_retired(config):
+    """Set today's fields of TrainingArguments from retired ones. Raises InputError.
+
+    It raises if transformers 5 has nothing like the retired field, or if both are given and differ.
+    """
+    for name, (_, default, today) in RETIRED.items():
+        value = getattr(config, name)
+        if value == default:
+            continue
+        if name in REMOVED:
+            raise InputError(f"{name}={value!r}: transformers 5 has removed it; {today}")
+        if isinstance(today, dict):
+            today, value = next(iter(today.items()))
+        today, _, key = today.partition(".")
+        current = getattr(config, today)
+        if key and isinstance(current, str):
+            raise InputError(f"{name}={value!r}: {today}={current!r} is a file; set {key} in it")
+        if key:
+            value = {**(current or {}), key: value}
+        elif isinstance(current, (str, bool, int, float)):
+            if current not in (value, type(config).__dataclass_fields__[today].default):
+                raise InputError(f"{name}: it means {today}={value!r}, and {today}={current!r} is "
+                                 f"given; give {today} alone")
+        setattr(config, today, value)
+
+
 # ----------------------------------------------------------------------------- ppo.py and ddpo.py
 class LoopTrainer:
     """Ranks, trackers and checkpoints of a trainer that owns its loop (PPOTrainer, DDPOTrainer).
 
-    A subclass makes `accelerator`, `optimizer` and `config`, and defines `state_dict` and
-    `load_state_dict` for what a checkpoint holds besides weights, optimizer and random numbers."""
+    A subclass has a `config` and an `optimizer`, and defines `state_dict` and `load_state_dict`
+    for what a checkpoint holds besides weights, optimizer and random numbers."""
 
     keep_checkpoints = 1
+    lr_scheduler = None
+
+    def start_accelerator(self, project, **settings):
+        """Make the accelerator from `project`, arguments of ProjectConfiguration, and settings.
+
+        The config's project_kwargs and accelerator_kwargs override them. Raises InputError."""
+        config = self.config
+        check_arguments("project_kwargs", config.project_kwargs, ProjectConfiguration)
+        check_arguments("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
+        project = ProjectConfiguration(**{**project, **config.project_kwargs})
+        project.automatic_checkpoint_naming = False  # save_checkpoint names them
+        settings = {"log_with": config.log_with, "project_config": project, **settings}
+        self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise InputError("gradient_accumulation_steps (accelerator_kwargs or accelerate's "
+                             "configuration): leave it out; set the config's own field")
 
     def sum_over_ranks(self, tensor):
         """Sum a tensor over all ranks."""
@@ -1122,14 +1238,16 @@ class LoopTrainer:
             return tensor
         return self.accelerator.reduce(tensor, "sum")
 
-    def start_trackers(self):
-        """Start the tracker `log_with` with the config's plain values."""
+    def start_trackers(self, run_name=None):
+        """Start the tracker `log_with` with the config's plain values. run_name: for wandb."""
         config = self.config
+        tracker_kwargs = dict(config.tracker_kwargs)
+        if config.log_with == "wandb" and run_name:
+            tracker_kwargs["wandb"] = {"name": run_name, **tracker_kwargs.get("wandb", {})}
         if config.log_with:
             plain = {name: value for name, value in config.to_dict().items()
                      if isinstance(value, (int, float, str, bool))}
-            self.accelerator.init_trackers(config.tracker_project_name, plain,
-                                           config.tracker_kwargs)
+            self.accelerator.init_trackers(config.tracker_project_name, plain, tracker_kwargs)
 
     def log_table_and_histograms(self, vectors, columns, table):
         """Send vectors {name: tensor [n]} and a table of samples to the tracker (main rank)."""
@@ -1148,20 +1266,16 @@ class LoopTrainer:
                 tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
 
     def save_checkpoint(self, folder, number):
-        """Write folder/checkpoint-<number> and remove the oldest ones. Call on every rank.
+        """Write folder/checkpoint-<number> and remove the oldest ones. Call on every rank."""
+        with new_checkpoint(self.accelerator, folder, number, self.keep_checkpoints) as aside:
+            self.accelerator.save_state(str(aside), safe_serialization=False)
 
-        It is written aside and then renamed: a run that is killed meanwhile has the one before."""
-        final, aside = Path(folder, f"checkpoint-{number}"), Path(folder, "checkpoint.tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside), safe_serialization=False)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            # never a newer one, which another run may have left here
-            older = [path for path in checkpoints(folder) if int(path.name[11:]) < number]
-            for old in older[::-1][self.keep_checkpoints - 1:]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+    def load_checkpoint(self, path):
+        """Restore weights, optimizer, random state and `state_dict` of a checkpoint.
+
+        The learning rate stays the config's, unless a scheduler sets it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.accelerator.load_state(str(path))
+        if self.lr_scheduler is None:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate

@@ -1,33 +1,43 @@
-"""Denoising diffusion policy optimisation: a text-to-image model learns to draw what a reward function likes.
+"""Denoising diffusion policy optimization: a text-to-image model against a reward of its images.
 
-Papers: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning" (arXiv:2305.13301), the method;
-Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502), the sampler; Ho & Salimans 2022,
-"Classifier-Free Diffusion Guidance" (arXiv:2207.12598), the guidance that is part of the policy.
+Papers: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning"
+(arXiv:2305.13301), the method; Song et al. 2021, "Denoising Diffusion Implicit Models"
+(arXiv:2010.02502), the sampler; Ho & Salimans 2022, "Classifier-Free Diffusion Guidance"
+(arXiv:2207.12598), the guidance, which is part of the policy.
 
-Drawing a picture is a decision process of T steps: in the state (prompt c, latent x_t) the action is the next latent, drawn
-from a normal distribution, and only the finished picture is rewarded. So log-probabilities are exact, step by step:
+Sampling an image is a decision process of T timesteps. In the state (prompt c, latent x_t) the
+action is the next latent, drawn from a normal distribution; only the final image is rewarded. So
+every timestep has an exact log-probability:
 
-    p(x_{t-1} | x_t, c) = N(mu(x_t, c, t), sigma_t^2 I)          mu by Song et al., equation 12; sigma_t by equation 16
+    p(x_{t-1} | x_t, c) = N(mu(x_t, c, t), sigma_t^2 I)
 
-and the UNet takes a step down PPO's clipped surrogate, on average over samples and times (Black et al., equation 5 with clip)
+with mu and sigma_t of Song et al., equations 12 and 16. The UNet minimizes PPO's clipped surrogate,
+averaged over samples and timesteps (Black et al., equation 5 with the clip):
 
-    L = max(-A rho_t, -A clip(rho_t, 1 - eps, 1 + eps)),         rho_t = p(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
+    L = max(-A rho_t, -A clip(rho_t, 1 - eps, 1 + eps))
+    rho_t = p(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
 
-where the advantage A is the reward, normalised over the batch or over what the same prompt has earned lately.
-Departure from the papers (0.7.10's, whose numbers these are): log p is the mean, not the sum, over a latent's numbers.
-Departures from TRL 0.7.10, whose names and arguments these are:
-  1. Gradients are averaged over the ranks, statistics are of all of them; each rank samples by a seed of its own.
-  2. What is sampled is what is scored: unguided where training is unguided; half-precision latents are rounded first.
-  3. sigma_t stays at or above MIN_STD, and the last step goes where the scheduler says. sample_eta must be above 0.
-  4. Weights that train are float32; only what LoRA leaves frozen is held in half precision.
-  5. A LoRA is saved as `load_lora_weights` takes it, and is resumed into the adapter that trains.
-  6. Checkpoints hold all that a run is, so that a killed one goes on to the same numbers.
-  7. Only public functions of diffusers are called; rewards may be integers; bad ones are told by name.
+The advantage A is the reward, normalized over the batch, over this epoch's images of the same
+prompt or over the prompt's recent rewards; the loss clips it to +-train_adv_clip_max.
 
-    torchrun ddpo.py                                        one process
-    torchrun --nproc_per_node 8 ddpo.py --model-name my/stable-diffusion --prompts prompts.txt --reward-function mine.py:f
+Start reading at `DDPOTrainer.step`. Part 1 is the algorithm, Part 2 the machinery around it.
 
-With nothing but the first command a toy model learns to paint coloured shapes in stronger colours: docs/ddpo.md.
+Difference from the papers: log p is the mean, not the sum, over the n = C h w elements of a latent.
+So rho_t is the n-th root of the paper's ratio, and eps is small.
+The API, defaults and metrics follow TRL 0.7.10. Differences:
+  1. Gradients are averaged over ranks and statistics see all of them. Each rank samples with a seed
+     of its own.
+  2. log p is computed in training as in sampling: with the same guidance, on latents that are
+     already rounded to half precision. Dropout is off.
+  3. sigma_t is at least MIN_STD, and the last timestep ends where the scheduler says. sample_eta
+     must be above 0.
+  4. Weights that train are float32. Only the weights that LoRA freezes are in half precision.
+  5. A LoRA is saved in the format of `load_lora_weights`, and resumed into the adapter that trains.
+  6. Checkpoints hold the complete training state: a resumed run reproduces the uninterrupted one.
+  7. Rewards may be integers. One that is not finite raises an error that shows its prompt.
+
+    torchrun ddpo.py                                       one process, the toy pipeline
+    torchrun --nproc_per_node 8 ddpo.py --model-name my/model --reward-function mine.py:f
 """
 import io
 import itertools
@@ -35,91 +45,103 @@ import json
 import math
 import os
 import random
-import runpy
-import shutil
 import sys
+import warnings
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+import common
+from common import TOY, InputError, LoopTrainer, check_finite, check_ranges, explain, set_seed
+
 verbosity = logging.get_verbosity()
-logging.set_verbosity_error()  # importing diffusers warns of torchvision, which isn't needed
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from diffusers.utils.logging import disable_progress_bar
-from diffusers.utils.torch_utils import randn_tensor
+logging.set_verbosity_error()  # importing diffusers warns of torchvision, which is not needed
+from diffusers import (  # noqa: E402
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import (  # noqa: E402
+    convert_state_dict_to_diffusers,
+    convert_unet_state_dict_to_peft,
+)
+from diffusers.utils.logging import disable_progress_bar  # noqa: E402
+from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
+
 logging.set_verbosity(verbosity)
 
-from common import (TOY, InputError, MetricsFile, check_finite, disable_dropout, explain, load_rows, newest_checkpoint, run, set_seed,
-                    setup_ranks, writable_folder)
-
-MIN_STD = 0.01  # of a denoising step: a hundredth of what latents spread, which no eye sees; 0 would make log p infinite
+MIN_STD = 0.01  # of sigma_t: 1% of the latents' spread, invisible; at 0 log p would be infinite
 JSON = tyro.conf.arg(metavar="JSON", constructor=json.loads)
+HIDDEN = tyro.conf.Suppress
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# =============================================================================
+# Part 1, the algorithm: configuration, mathematics, the policy, the update
+# =============================================================================
+
+# ----------------------------------------------------------------------------- configuration
 @dataclass
 class DDPOConfig:
-    """Sizes are per process. The first part is the documented one, in its order."""
+    """Sizes are per process. The documented fields come first."""
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
-    """Name of the experiment: title of the model card and, without a run_name, name of the output folder."""
+    """Name of the experiment: title of the model card, default of run_name."""
     run_name: Optional[str] = ""
-    """Name of this run: of its output folder and, with wandb, in the tracker. Empty: exp_name."""
+    """Name of the run, of its output folder and in wandb. Empty: exp_name."""
     seed: int = 0
-    """Fresh LoRA weights, alike on all ranks; rank r samples by a seed of its own."""
+    """Seed of a fresh LoRA on all ranks; each rank samples with its own."""
     log_with: Optional[Literal["wandb", "tensorboard"]] = None
-    """Tracker beside metrics.jsonl; it gets the pictures too."""
+    """Tracker in addition to metrics.jsonl; it gets images too."""
     tracker_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
-    """Arguments of the tracker's init, such as {"wandb": {"entity": "me"}}."""
+    """Arguments for the tracker's init, such as {"wandb": {"entity": "me"}}."""
     accelerator_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
-    """Arguments of accelerate.Accelerator, such as {"cpu": true}."""
+    """Arguments for accelerate.Accelerator, such as {"cpu": true}."""
     project_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
-    """Arguments of accelerate's ProjectConfiguration; its project_dir is where checkpoints go instead of the output folder."""
+    """Arguments for ProjectConfiguration; project_dir is the folder of checkpoints."""
     tracker_project_name: str = "trl"
     """Project name for the tracker."""
     logdir: str = "logs"
-    """Where the tracker writes its files, inside the output folder."""
+    """Folder of the tracker's files, inside the output folder."""
     num_epochs: int = 100
-    """Epochs of the run: in each, pictures are drawn, scored and learnt from."""
+    """Epochs; each samples images, scores them and trains on them."""
     save_freq: int = 1
-    """Epochs between two checkpoints."""
+    """Write a checkpoint every this many epochs."""
     num_checkpoint_limit: int = 5
-    """Checkpoints that are kept: the newest ones."""
+    """Keep this many checkpoints, the newest."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = "fp16"
-    """Arithmetic of the models. Weights that train stay float32. fp16 needs a GPU: on a CPU it means float32."""
+    """Precision of the models; fp16 on a CPU means float32. Trained weights stay float32."""
     allow_tf32: bool = True
-    """GPUs may round float32 matrix products to TF32: faster."""
+    """Let GPUs round float32 matrix products to TF32: faster."""
     resume_from: Optional[str] = ""
     """A checkpoint, or the output folder of a killed run (its last checkpoint)."""
     sample_num_steps: int = 50
-    """T: denoising steps of a picture."""
+    """T: denoising timesteps per image."""
     sample_eta: float = 1.0
-    """eta: noise of the sampler, above 0 (a policy must have some) to 1 (DDPM's)."""
+    """eta: noise of the sampler, at most 1 (DDPM). At 0 there would be no probability."""
     sample_guidance_scale: float = 5.0
-    """Weight of the prompt against the negative prompt, in sampling and training. 1 or less: no guidance."""
+    """Guidance scale in sampling and training. 1 or less: no guidance."""
     sample_batch_size: int = 1
-    """Pictures that are drawn at once."""
+    """Images per batch in sampling."""
     sample_num_batches_per_epoch: int = 2
-    """Batches that are drawn in an epoch."""
+    """Batches that are sampled per epoch."""
     train_batch_size: int = 1
-    """Samples of one forward and backward pass, each at train_times_per_pass of its times."""
+    """Samples per forward and backward pass, each at one timestep."""
     train_use_8bit_adam: bool = False
-    """AdamW with 8-bit states, of the package bitsandbytes (GPU): less memory."""
+    """Use bitsandbytes' AdamW with 8-bit states (GPU): less memory."""
     train_learning_rate: float = 3e-4
     """AdamW's learning rate."""
     train_adam_beta1: float = 0.9
@@ -131,83 +153,121 @@ class DDPOConfig:
     train_adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     train_gradient_accumulation_steps: int = 1
-    """Minibatches of one optimizer step, each with all of its times."""
+    """Minibatches per optimizer step, each with all of its timesteps."""
     train_max_grad_norm: float = 1.0
-    """Gradients longer than this are cut to it."""
+    """Clip the gradient of each optimizer step to this norm."""
     train_num_inner_epochs: int = 1
-    """Passes over an epoch's samples."""
+    """Passes over each epoch's samples."""
     train_cfg: bool = True
-    """The policy is the guided UNet. False: unguided, in sampling too, whatever sample_guidance_scale says."""
+    """Train the guided policy. False: no guidance, in sampling either."""
     train_adv_clip_max: float = 5
-    """Advantages are cut to -this .. this."""
+    """Clip advantages to plus or minus this."""
     train_clip_range: float = 1e-4
-    """eps: the ratio is clipped to 1 - eps .. 1 + eps. (Small: log p is a mean over a latent's numbers.)"""
+    """eps: the ratio is clipped to [1 - eps, 1 + eps]; small, since log p is a mean."""
     train_timestep_fraction: float = 1.0
-    """Share of each sample's times that is trained on, drawn at random."""
+    """Fraction of each sample's timesteps to train on, chosen at random."""
     per_prompt_stat_tracking: bool = False
-    """Normalise a reward by what its own prompt has earned; else by the batch of all ranks."""
+    """Normalize rewards by the recent rewards of their prompt. False: by the batch."""
     per_prompt_stat_tracking_buffer_size: int = 16
-    """Rewards remembered of each prompt."""
+    """Number of recent rewards to keep per prompt."""
     per_prompt_stat_tracking_min_count: int = 16
-    """A prompt with fewer remembered rewards is normalised by the batch."""
+    """Normalize by the batch until a prompt has this many rewards."""
     async_reward_computation: bool = False
-    """Score the batches in threads, several at once: for rewards that wait for something, as for another machine."""
+    """Score batches in several threads, for rewards that wait for something."""
     max_workers: int = 2
-    """Threads of async_reward_computation."""
+    """Number of threads for async_reward_computation."""
     negative_prompts: Optional[str] = ""
-    """What no picture should show: one negative prompt for all samples, as text (commas are part of it)."""
+    """One negative prompt for all samples: what images should not show."""
 
     # the script's own
     model_name: Optional[str] = None
-    """A Stable Diffusion pipeline: a hub name or a folder. None: the toy pipeline."""
+    """Stable Diffusion pipeline: a hub name or a folder. None: the toy pipeline."""
     prompts: Optional[str] = None
-    """Prompts to draw from at random: a .txt/.jsonl/.json/.csv/.parquet file, a folder or a hub name, with a column prompt,
-    text or query. None: the toy's."""
+    """File, folder or hub name with a column prompt, text or query. None: the toy's."""
     pictures_per_prompt: int = 1
-    """Pictures in a row that are drawn for the same prompt; more of them compare like with like."""
+    """Images per prompt and epoch; if above 1, compared only among themselves."""
     reward_function: str = "shape_alignment"
-    """shape_alignment (for the toy's prompts), jpeg_compressibility, jpeg_incompressibility, or file.py:function that takes
-    images [B, 3, H, W] in 0..1, prompts and metadata (the rows of the prompts) and returns B numbers."""
+    """One of REWARDS, or file.py:function of images, prompts and metadata."""
     output_dir: Optional[str] = None
-    """Where the run's files go. None: runs/<run_name>."""
+    """Output folder. None: runs/<run_name>."""
     use_lora: bool = True
     """Train a LoRA adapter on the UNet's attention. False: train the whole UNet."""
     lora_r: int = 4
     """Rank of a fresh adapter."""
     lora_alpha: int = 16
-    """A fresh LoRA's scale is lora_alpha / lora_r. 0.7.10's is 1: right for long runs, and next to nothing in short ones."""
+    """LoRA scale is lora_alpha / lora_r. TRL's is 1, slow in short runs."""
     lora_weights: Optional[str] = None
-    """LoRA weights to go on from: a folder or hub name that load_lora_weights takes. None: a fresh adapter."""
+    """LoRA to train further, for load_lora_weights. None: a fresh adapter."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    train_times_per_pass: Optional[int] = None
-    """Times of each sample that go through the UNet at once: the same gradient, faster, more memory. None: 2; for a toy 16."""
+    """Recompute activations in the backward pass: less memory, more time."""
     num_samples: int = 48
-    """Pictures drawn before and after, with the same seed and prompts. 0: none."""
+    """Images sampled before and after, with the same noise and prompts. 0: none."""
+    train_times_per_pass: Annotated[Optional[int], HIDDEN] = None
+    """Removed."""
 
     def __post_init__(self):
-        for name in ("num_epochs", "save_freq", "num_checkpoint_limit", "sample_num_steps", "sample_batch_size", "max_workers",
-                     "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps", "train_num_inner_epochs",
-                     "train_max_grad_norm", "train_clip_range", "train_adv_clip_max", "per_prompt_stat_tracking_buffer_size",
-                     "per_prompt_stat_tracking_min_count", "pictures_per_prompt", "lora_r", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)}: give a number above 0")
-        if not 0 < self.sample_eta <= 1:
-            raise InputError(f"sample_eta={self.sample_eta}: give a number above 0 and up to 1; without noise a step has no "
-                             "probability to learn from")
-        if self.per_prompt_stat_tracking and self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
-            raise InputError(f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} rewards of a prompt are never "
-                             f"remembered: per_prompt_stat_tracking_buffer_size is {self.per_prompt_stat_tracking_buffer_size}")
-        if not 1 <= self.sample_num_steps * self.train_timestep_fraction <= self.sample_num_steps:
-            raise InputError(f"train_timestep_fraction={self.train_timestep_fraction}: of {self.sample_num_steps} steps give a share "
-                             "of at least one and at most all")
-        samples, step = self.sample_batch_size * self.sample_num_batches_per_epoch, self.samples_per_step
-        if samples % step:
-            raise InputError(f"an epoch's sample_batch_size x sample_num_batches_per_epoch = {samples} samples don't fill whole "
-                             f"optimizer steps of train_batch_size x train_gradient_accumulation_steps = {step}: change one")
+        if self.train_times_per_pass is not None:
+            raise InputError(f"train_times_per_pass={self.train_times_per_pass}: this option is "
+                             "gone; a pass takes one timestep of train_batch_size samples")
+        check_ranges(self, {
+            "(0, inf)": ("num_epochs", "save_freq", "num_checkpoint_limit", "sample_num_steps",
+                         "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size",
+                         "train_gradient_accumulation_steps", "train_max_grad_norm",
+                         "train_num_inner_epochs", "train_adv_clip_max", "train_clip_range",
+                         "per_prompt_stat_tracking_buffer_size",
+                         "per_prompt_stat_tracking_min_count", "max_workers",
+                         "pictures_per_prompt", "lora_r", "lora_alpha"),
+            "[0, inf)": ("train_learning_rate", "train_adam_weight_decay", "train_adam_epsilon",
+                         "num_samples"),
+            "(0, 1]": ("sample_eta", "train_timestep_fraction"),
+            "[0, 1)": ("train_adam_beta1", "train_adam_beta2"),
+            "(-inf, inf)": ("sample_guidance_scale",),
+        })
+        choices = {"log_with": (None, "wandb", "tensorboard"),
+                   "mixed_precision": (None, "no", "fp16", "bf16")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)!r}: choose "
+                                 f"{', '.join(map(str, allowed))}")
+        self.check_sizes()
+        needs = {"max_workers": "async_reward_computation", "lora_r": "use_lora",
+                 "lora_alpha": "use_lora",
+                 "per_prompt_stat_tracking_buffer_size": "per_prompt_stat_tracking",
+                 "per_prompt_stat_tracking_min_count": "per_prompt_stat_tracking"}
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, switch in needs.items():
+            if getattr(self, name) != defaults[name] and not getattr(self, switch):
+                warnings.warn(f"{name}={getattr(self, name)} has no effect without {switch}",
+                              stacklevel=3)
+
+    def check_sizes(self):
+        """Raise InputError for sizes that contradict each other."""
+        samples = self.sample_batch_size * self.sample_num_batches_per_epoch
+        if samples % self.samples_per_step:
+            raise InputError(
+                f"sample_batch_size x sample_num_batches_per_epoch = {samples} samples per epoch "
+                "are not a multiple of train_batch_size x train_gradient_accumulation_steps "
+                f"= {self.samples_per_step}: change one of the four")
+        if self.sample_num_steps * self.train_timestep_fraction < 1:
+            raise InputError(f"train_timestep_fraction={self.train_timestep_fraction}: this is "
+                             f"less than one of sample_num_steps={self.sample_num_steps}")
+        buffer_size = self.per_prompt_stat_tracking_buffer_size
+        min_count = self.per_prompt_stat_tracking_min_count
+        if self.per_prompt_stat_tracking and min_count > buffer_size:
+            raise InputError(f"per_prompt_stat_tracking_min_count={min_count}: only "
+                             f"per_prompt_stat_tracking_buffer_size={buffer_size} rewards are kept "
+                             "per prompt; reduce the one or raise the other")
+        if samples % self.pictures_per_prompt:
+            raise InputError(f"pictures_per_prompt={self.pictures_per_prompt}: it does not divide "
+                             f"the {samples} samples per epoch; give a number that does")
+        if self.per_prompt_stat_tracking and self.pictures_per_prompt > 1:
+            raise InputError(f"pictures_per_prompt={self.pictures_per_prompt} compares the images "
+                             "of one prompt in one epoch, per_prompt_stat_tracking over epochs: "
+                             "choose one")
 
     @property
     def samples_per_step(self):
+        """Samples per optimizer step."""
         return self.train_batch_size * self.train_gradient_accumulation_steps
 
     def to_dict(self):
@@ -216,161 +276,130 @@ class DDPOConfig:
 
 @dataclass
 class ScriptConfig(DDPOConfig):
-    """DDPOConfig, with what the script does where no flag says otherwise: epochs that a small pipeline learns from."""
+    """DDPOConfig with the script's own defaults: epochs that a small pipeline learns from."""
 
     num_epochs: int = 50
-    """Epochs of sampling and training."""
+    """Epochs; each samples images, scores them and trains on them."""
     sample_num_steps: int = 20
-    """Denoising steps of a picture."""
+    """T: denoising timesteps per image."""
     sample_batch_size: int = 16
-    """Pictures drawn at once, per process."""
+    """Images per batch in sampling."""
     train_batch_size: int = 8
-    """Samples of one forward and backward pass, per process."""
+    """Samples per forward and backward pass, each at one timestep."""
 
 
-# ------------------------------------------------------------------------------------------------ rewards
-def jpeg_incompressibility(images, prompts, metadata):
-    """Kilobytes of each picture as a JPEG file of quality 95 (Black et al. 2023, section 5.1). images [B, 3, H, W] in 0..1."""
-    def kilobytes(image):
-        file = io.BytesIO()
-        image.save(file, format="JPEG", quality=95)
-        return file.tell() / 1000
+# ----------------------------------------------------------------------------- mathematics
+# Symbols in shapes: B samples, T timesteps, [C, h, w] a latent, [H, W] an image, [L, D] the
+# embedding of a prompt.
+def ddim_mean_std(x_t, output, alpha_t, alpha_prev, eta, prediction_type="epsilon", clip=None,
+                  use_clipped_model_output=False):
+    """Compute mean [B, C, h, w] and standard deviation [B, 1, 1, 1] of x_{t-1} given x_t.
 
-    return [kilobytes(image) for image in to_pil(images)]
-
-
-def jpeg_compressibility(images, prompts, metadata):
-    """Minus the kilobytes."""
-    return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
-
-
-COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
-SHAPES = {  # is a point inside the shape of area pi around its centre of mass? y grows downwards
-    "circle": lambda x, y: x**2 + y**2 < 1,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) < math.sqrt(math.pi) / 2,
-    "triangle": lambda x, y: (y < 0.7776) & (math.sqrt(3) * x.abs() < y + 1.5551)}
-
-
-def shape_alignment(images, prompts, metadata):
-    """How much of "a red circle" each picture shows, 0 to 1: the overlap of the paint of that colour with that shape.
-
-    Each pixel has so much of the colour: saturation x likeness of hue. The shape, a quarter as wide as the picture, is laid
-    over the centre of that paint; overlap is sum of minima / sum of maxima. Pale, misplaced or wrong paint all cost.
-    images [B, 3, H, W] in 0..1; prompts with one of COLOURS and one of SHAPES."""
-    rewards = []
-    for image, prompt in zip(images.float().cpu(), prompts):
-        colour, shape = (next((w for w in prompt.split() if w in known), None) for known in (COLOURS, SHAPES))
-        if colour is None or shape is None:
-            raise InputError(f"shape_alignment can't score the prompt {prompt!r}: it needs a colour ({', '.join(COLOURS)}) and a "
-                             f"shape ({', '.join(SHAPES)}); choose another --reward-function for other prompts")
-        hue, wanted = (x - x.mean(0) for x in (image, torch.tensor(COLOURS[colour]).view(3, 1, 1).float()))
-        likeness = (hue * wanted).sum(0) / (hue.norm(dim=0) * wanted.norm(dim=0) + 1e-6)               # cosine, [H, W]
-        paint = (image.amax(0) - image.amin(0)) * likeness.clamp(min=0)
-        height, width = paint.shape
-        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        centre_x, centre_y = ((paint * axis).sum() / (paint.sum() + 1e-6) for axis in (x, y))
-        ideal = SHAPES[shape]((x - centre_x) * 4 / width, (y - centre_y) * 4 / height).float()
-        rewards.append((torch.minimum(paint, ideal).sum() / torch.maximum(paint, ideal).sum()).item())
-    return rewards
-
-
-REWARDS = {f.__name__: f for f in (shape_alignment, jpeg_compressibility, jpeg_incompressibility)}
-
-
-# ------------------------------------------------------------------------------------------------ the mathematics
-def ddim_mean_std(x_t, output, alpha_t, alpha_prev, eta, prediction_type="epsilon", clip=None, rederive=False):
-    """Mean [B, C, H, W] and standard deviation [B, 1, 1, 1] of x_{t-1} given x_t, in float32.
-
-    x_t, output [B, C, H, W]: the latent, and what the model says of it: its noise (epsilon), the clean latent (sample), or v
-    (Salimans & Ho 2022). alpha_t, alpha_prev [B]: cumulative alphas now and after the step. clip: the clean latent is cut
-    to -clip .. clip; rederive: and the noise told from it anew."""
+    In float32. x_t [B, C, h, w]: the latent. output [B, C, h, w]: the model's prediction: the noise
+    (epsilon), the clean latent (sample) or v (Salimans & Ho 2022). alpha_t, alpha_prev [B]:
+    cumulative alphas at this timestep and after it. clip: clip the clean latent to [-clip, clip].
+    use_clipped_model_output: compute the noise again from the clipped latent."""
     x_t, output = x_t.float(), output.float()
-    alpha_t, alpha_prev = alpha_t.float().view(-1, 1, 1, 1), alpha_prev.float().view(-1, 1, 1, 1)
-    root, noise_root = alpha_t.sqrt(), (1 - alpha_t).sqrt()
+    alpha_t = alpha_t.float().view(-1, 1, 1, 1)
+    alpha_prev = alpha_prev.float().view(-1, 1, 1, 1)
+    signal, noise = alpha_t.sqrt(), (1 - alpha_t).sqrt()  # x_t = signal x_0 + noise epsilon
     if prediction_type == "epsilon":
-        x_0, epsilon = (x_t - noise_root * output) / root, output                             # Song et al., eq. 9
+        x_0 = (x_t - noise * output) / signal                                         # eq. 9
+        epsilon = output
     elif prediction_type == "v_prediction":
-        x_0, epsilon = root * x_t - noise_root * output, root * output + noise_root * x_t
+        x_0 = signal * x_t - noise * output
+        epsilon = signal * output + noise * x_t
     else:
-        x_0, epsilon = output, (x_t - root * output) / noise_root
+        x_0 = output
+        epsilon = (x_t - signal * x_0) / noise
     if clip is not None:
         x_0 = x_0.clamp(-clip, clip)
-    if rederive:
-        epsilon = (x_t - root * x_0) / noise_root
-    sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)).sqrt()      # eq. 16
-    sigma = sigma.clamp(min=MIN_STD)
+    if use_clipped_model_output:
+        epsilon = (x_t - signal * x_0) / noise
+
+    variance = (1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)
+    sigma = (eta * variance.sqrt()).clamp(min=MIN_STD)                                # eq. 16
     direction = (1 - alpha_prev - sigma**2).clamp(min=0).sqrt() * epsilon
-    return alpha_prev.sqrt() * x_0 + direction, sigma                                         # eq. 12 without its noise
+    mean = alpha_prev.sqrt() * x_0 + direction                                        # eq. 12
+    return mean, sigma
 
 
 def log_prob(x, mean, std):
-    """log N(x; mean, std^2), the mean over a latent's numbers: x, mean [B, C, H, W], std [B, 1, 1, 1] -> [B], float32."""
+    """Compute log N(x; mean, std^2) [B] in float32, averaged over the numbers of a latent.
+
+    x, mean [B, C, h, w]; std [B, 1, 1, 1]."""
     z = (x.float() - mean) / std
-    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+    log_density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return log_density.flatten(1).mean(1)
 
 
 def guided(negative, positive, scale, rescale=0.0):
-    """eps_neg + scale (eps_pos - eps_neg) (Ho & Salimans, eq. 6), [B, C, H, W]; rescale: how far its spread is drawn back to
-    the positive one's (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16)."""
+    """Compute the guided prediction (Ho & Salimans, eq. 6) from two predictions [B, C, h, w].
+
+    rescale: how far its spread returns to the positive prediction's (Lin et al. 2023, eq. 16)."""
     output = negative + scale * (positive - negative)
     if rescale == 0:
         return output
-    spread = [x.std(dim=(1, 2, 3), keepdim=True) for x in (positive, output)]
-    return output * (rescale * spread[0] / spread[1] + 1 - rescale)
+    spread = output.std(dim=(1, 2, 3), keepdim=True)
+    positive_spread = positive.std(dim=(1, 2, 3), keepdim=True)
+    return rescale * output * positive_spread / spread + (1 - rescale) * output
 
 
 def policy_loss(ratio, advantages, cliprange):
-    """max(-A rho, -A clip(rho)), the mean over samples: ratio, advantages [B] -> scalar."""
+    """Compute the clipped surrogate, averaged over samples. ratio, advantages [B]."""
     pg_losses = -advantages * ratio
     pg_losses2 = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
     return torch.max(pg_losses, pg_losses2).mean()
 
 
-def normalise(rewards):
-    """Rewards [N] -> advantages of mean 0 and standard deviation 1. Equal rewards teach nothing: 0."""
+def normalize(rewards):
+    """Scale rewards [N] to mean 0 and standard deviation 1. Equal rewards become 0."""
     rewards = np.asarray(rewards, dtype=np.float64)
     return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
 
 
-def numbers(rewards):
-    """A list, array or tensor of numbers, on whatever device -> a list of floats; None for anything else."""
-    try:
-        return [float(reward) for reward in rewards]
-    except (TypeError, ValueError, RuntimeError):
-        return None
+def normalize_by_prompt(prompts, rewards):
+    """Normalize the rewards [N] of each prompt by themselves. A single one becomes 0."""
+    prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
+    advantages = np.zeros(len(rewards))
+    for prompt in set(prompts):
+        same = prompts == prompt
+        advantages[same] = normalize(rewards[same])
+    return advantages
 
 
 class PerPromptStatTracker:
-    """Advantages by what each prompt has earned lately (Black et al. 2023, section 4.3)."""
+    """Normalize rewards by the recent rewards of their prompt (Black et al. 2023, section 4.3)."""
 
     def __init__(self, buffer_size, min_count):
         self.min_count = min_count
         self.stats = defaultdict(lambda: deque(maxlen=buffer_size))
 
     def update(self, prompts, rewards):
-        """Prompts [N] and their rewards [N] (all ranks') -> advantages [N]. A prompt of fewer than min_count remembered
-        rewards is measured by this batch."""
+        """Add the rewards [N] of prompts [N], of all ranks. Returns advantages [N].
+
+        A prompt with fewer than min_count recent rewards is normalized by this batch."""
         rewards = np.asarray(rewards, dtype=np.float64)
-        for prompt, reward in zip(prompts, rewards):
+        for prompt, reward in zip(prompts, rewards, strict=True):
             self.stats[prompt].append(float(reward))
-        known = [self.stats[p] if len(self.stats[p]) >= self.min_count else rewards for p in prompts]
-        return np.array([(r - np.mean(k)) / (np.std(k) + 1e-6) for r, k in zip(rewards, known)])
+        advantages = np.zeros(len(rewards))
+        for i, prompt in enumerate(prompts):
+            recent = self.stats[prompt]
+            if len(recent) < self.min_count:
+                recent = rewards
+            advantages[i] = (rewards[i] - np.mean(recent)) / (np.std(recent) + 1e-6)
+        return advantages
 
     def get_stats(self):
-        """{prompt: {"mean", "std", "count"}} of what is remembered."""
-        return {p: {"mean": np.mean(k), "std": np.std(k), "count": len(k)} for p, k in self.stats.items()}
+        """Return {prompt: {"mean", "std", "count"}} of the recent rewards."""
+        return {prompt: {"mean": np.mean(recent), "std": np.std(recent), "count": len(recent)}
+                for prompt, recent in self.stats.items()}
 
 
-def to_pil(images):
-    """[B, 3, H, W] in 0..1 -> PIL pictures."""
-    pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-# ------------------------------------------------------------------------------------------------ the pipeline
+# ----------------------------------------------------------------------------- the policy
 @dataclass
 class DDPOPipelineOutput:
-    """images: as asked for; latents: the T + 1 latents [B, C, h, w] on the way; log_probs: of the T steps, [B] each."""
+    """images: in the requested type; latents: T + 1 of [B, C, h, w]; log_probs: T of [B]."""
     images: object
     latents: list
     log_probs: list
@@ -378,35 +407,551 @@ class DDPOPipelineOutput:
 
 @dataclass
 class DDPOSchedulerOutput:
-    """latents [B, C, h, w] after a step, log_probs [B] of having gone there."""
+    """latents [B, C, h, w] after a timestep, and their log_probs [B]."""
     latents: torch.Tensor
     log_probs: torch.Tensor
 
 
-class DDPOStableDiffusionPipeline:
-    """A StableDiffusionPipeline whose steps have log-probabilities, with the UNet's weights or a LoRA set to train.
+class DenoisingPolicy:
+    """Sample images with a diffusion model, and compute each timestep's log-probability.
 
-    Another kind of pipeline: override `encode` and `predict`, through which all embeddings and UNet calls go."""
+    The parts `unet`, `scheduler`, ... come from DDPOStableDiffusionPipeline, in Part 2."""
+
+    @torch.no_grad()
+    def __call__(self, prompt_embeds, negative_prompt_embeds=None, num_inference_steps=50,
+                 guidance_scale=5.0, eta=1.0, output_type="pt", guidance_rescale=0.0,
+                 generator=None):
+        """Sample an image per prompt. Returns a DDPOPipelineOutput.
+
+        prompt_embeds [B, L, D]; negative_prompt_embeds [B, L, D], or None: no guidance.
+        guidance_scale <= 1: no guidance. output_type: "pt" (images [B, 3, H, W] in [0, 1]), "np",
+        "pil" or "latent"."""
+        embeds = prompt_embeds
+        if guidance_scale > 1 and negative_prompt_embeds is not None:
+            embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        # step_distribution reads their number, here and in learning
+        self.scheduler.set_timesteps(num_inference_steps, device=prompt_embeds.device)
+        latents = self.initial_noise(prompt_embeds, generator)                    # x_T
+        all_latents, log_probs = [latents], []
+        for t in self.scheduler.timesteps:
+            timestep = t.expand(len(latents))
+            output = self.predict(self.unet, latents, timestep, embeds, guidance_scale,
+                                  guidance_rescale)
+            step = self.scheduler_step(output, timestep, latents, eta, generator=generator)
+            latents = step.latents                                                # x_{t-1}
+            all_latents.append(latents)
+            log_probs.append(step.log_probs)
+        return DDPOPipelineOutput(self.decode(latents, output_type), all_latents, log_probs)
+
+    def predict(self, unet, latents, timesteps, embeds, guidance_scale, guidance_rescale=0.0):
+        """Return the guided prediction [B, C, h, w] for latents [B, C, h, w] at timesteps [B].
+
+        unet: the UNet or its DDP wrapper. embeds: [2B, L, D], the negative prompts' first, or
+        [B, L, D] without guidance."""
+        if len(embeds) == len(latents):
+            return unet(latents, timesteps, embeds, return_dict=False)[0]
+        latents, timesteps = torch.cat([latents] * 2), torch.cat([timesteps] * 2)
+        output = unet(latents, timesteps, embeds, return_dict=False)[0]
+        negative, positive = output.chunk(2)
+        return guided(negative, positive, guidance_scale, guidance_rescale)
+
+    def scheduler_step(self, model_output, timestep, sample, eta=0.0,
+                       use_clipped_model_output=False, generator=None, prev_sample=None):
+        """Sample the next latent and compute its log-probability. Returns a DDPOSchedulerOutput.
+
+        model_output, sample [B, C, h, w]; timestep [B]. prev_sample [B, C, h, w]: the next latent,
+        if it is known and only its log-probability is wanted."""
+        timestep = timestep.expand(len(sample))
+        mean, std = self.step_distribution(model_output, timestep, sample, eta,
+                                           use_clipped_model_output)
+        if prev_sample is None:
+            noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
+            # round to the precision of the latents first, then score what is kept
+            prev_sample = (mean + std * noise).to(sample.dtype)
+        return DDPOSchedulerOutput(prev_sample, log_prob(prev_sample, mean, std))
+
+    def step_distribution(self, output, timestep, sample, eta, use_clipped_model_output=False):
+        """Compute mean and standard deviation of the next latent with the scheduler's alphas.
+
+        timestep [B]; the other arguments and the result as in ddim_mean_std."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        timestep = timestep.to(sample.device)
+        alphas = scheduler.alphas_cumprod.to(sample.device)
+        final_alpha = scheduler.final_alpha_cumprod.to(sample.device)
+        previous = timestep - config.num_train_timesteps // scheduler.num_inference_steps
+        alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final_alpha)
+        clip = config.clip_sample_range if config.clip_sample else None
+        return ddim_mean_std(sample, output, alphas[timestep], alpha_prev, eta,
+                             config.prediction_type, clip, use_clipped_model_output)
+
+
+# ----------------------------------------------------------------------------- the update
+class DDPOTrainer(LoopTrainer):
+    """DDPO with a reward function and a prompt function of the user's own:
+
+        pipeline = DefaultDDPOStableDiffusionPipeline("my/model")
+        trainer = DDPOTrainer(DDPOConfig(), reward_function, prompt_function, pipeline)
+        trainer.train()
+
+    Call every method on every rank."""
+
+    def step(self, epoch, global_step):
+        """Run one epoch. Returns the global step, the number of optimizer steps so far.
+
+        Logs to the tracker and calls the hook. `stats` then holds the epoch's means over all ranks.
+        Raises InputError for rewards that are not B finite numbers, or a loss that is not finite.
+        """
+        config = self.config
+
+        # 1. Sample images, and keep the latents and log-probabilities of all T timesteps
+        self.show_phase("sampling")
+        samples, prompt_image_pairs = self._generate_samples(
+            config.sample_num_batches_per_epoch, config.sample_batch_size)
+        data = {name: torch.cat([batch[name] for batch in samples]) for name in samples[0]}
+
+        # 2. Reward each image
+        self.show_phase("scoring")
+        rewards = self.compute_rewards(prompt_image_pairs)                       # [B]
+
+        # 3. Advantages, from the rewards of all ranks
+        prompts = [prompt for batch in prompt_image_pairs for prompt in batch[1]]
+        data["advantages"], all_rewards = self.compute_advantages(prompts, rewards)
+        reward_stats = {"reward_mean": float(all_rewards.mean()),
+                        "reward_std": float(all_rewards.std())}
+        self.log({"epoch": epoch, **reward_stats}, global_step)
+        self.show_images(prompt_image_pairs, global_step)
+
+        # 4. Inner epochs of minibatches, one timestep per pass; a gradient is the mean over the
+        #    samples and timesteps of its optimizer step. rho_t is 1 until the epoch's first step;
+        #    then the clip keeps the policy near the one that sampled
+        self.show_phase("learning")
+        B, T = data["timesteps"].shape
+        minibatches = torch.arange(B).split(config.train_batch_size)
+        trained_timesteps = range(int(T * config.train_timestep_fraction))
+        train_stats = []
+        for inner_epoch in range(config.train_num_inner_epochs):
+            data = self.shuffle(data)
+            for i in range(0, len(minibatches), config.train_gradient_accumulation_steps):
+                # the minibatches of one optimizer step; k is a column after the shuffle, whose
+                # timestep differs between samples
+                accumulated = minibatches[i:i + config.train_gradient_accumulation_steps]
+                passes = list(itertools.product(accumulated, trained_timesteps))
+                pass_stats = []
+                for number, (mb, k) in enumerate(passes, start=1):
+                    is_last = number == len(passes)  # ranks exchange gradients once, in this one
+                    with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
+                        loss, approx_kl, clipfrac = self.calculate_loss(
+                            data["latents"][mb, k], data["timesteps"][mb, k],
+                            data["next_latents"][mb, k], data["log_probs"][mb, k],
+                            data["advantages"][mb], self.embeds_of(data, mb))
+                        self.accelerator.backward(loss / len(passes))
+                    pass_stats.append(torch.stack([loss.detach(), approx_kl, clipfrac]))
+                stats = self.mean_stats(pass_stats)
+                self.optimizer_step()
+                global_step += 1
+                self.log({**stats, "epoch": epoch, "inner_epoch": inner_epoch}, global_step)
+                train_stats.append(stats)
+
+        # 5. Statistics of the epoch
+        means = {name: float(np.mean([stats[name] for stats in train_stats]))
+                 for name in train_stats[0]}
+        self.stats = {**reward_stats, **means, "global_step": global_step}
+        self.epoch, self.global_step = epoch + 1, global_step
+        return global_step
+
+    def _generate_samples(self, iterations, batch_size):
+        """Sample batches of images. Returns their tensors, and [images, prompts, metadata] of each.
+
+        The tensors of a batch are a dict: timesteps, log_probs [B, T]; latents, next_latents
+        [B, T, C, h, w]; prompt_embeds, negative_prompt_embeds [B, L, D]; prompt_ids [B, L]."""
+        pipeline = self.sd_pipeline
+        samples, prompt_image_pairs = [], []
+        for _ in range(iterations):
+            drawn = [self.prompt_function() for _ in range(batch_size)]
+            prompts, metadata = zip(*drawn, strict=True)
+            output, prompt_embeds = self.sample_images(prompts)
+            prompt_ids = pipeline.tokenizer(list(prompts), padding="max_length", truncation=True,
+                                            return_tensors="pt").input_ids
+            latents = torch.stack(output.latents, dim=1)                # [B, T + 1, C, h, w]
+            samples.append({
+                "prompt_ids": prompt_ids,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": self.negative_embed.expand_as(prompt_embeds),
+                "timesteps": pipeline.scheduler.timesteps.expand(batch_size, -1),
+                "latents": latents[:, :-1],                             # x_t
+                "next_latents": latents[:, 1:],                         # x_{t-1}
+                "log_probs": torch.stack(output.log_probs, dim=1),
+            })
+            prompt_image_pairs.append([output.images, prompts, metadata])
+        return samples, prompt_image_pairs
+
+    def sample_images(self, prompts, generator=None):
+        """Sample an image per prompt. Returns a DDPOPipelineOutput and the prompts' embeddings."""
+        config = self.config
+        with self.accelerator.autocast():
+            prompt_embeds = self.sd_pipeline.encode(prompts)
+            output = self.sd_pipeline(
+                prompt_embeds, self.negative_embed.expand_as(prompt_embeds),
+                num_inference_steps=config.sample_num_steps, guidance_scale=self.guidance_scale,
+                eta=config.sample_eta, generator=generator)
+        return output, prompt_embeds
+
+    def compute_advantages(self, prompts, rewards):
+        """Compute the advantages [B] of this rank, and return the rewards of all ranks with them.
+
+        prompts, rewards [B]: this rank's. Another advantage estimator goes here."""
+        config = self.config
+        gathered = gather_object([(list(prompts), rewards.tolist())])
+        all_prompts = [prompt for rank_prompts, _ in gathered for prompt in rank_prompts]
+        all_rewards = np.array([reward for _, rank_rewards in gathered for reward in rank_rewards])
+        if config.per_prompt_stat_tracking:
+            advantages = self.stat_tracker.update(all_prompts, all_rewards)
+        elif config.pictures_per_prompt > 1:
+            advantages = normalize_by_prompt(all_prompts, all_rewards)
+        else:
+            advantages = normalize(all_rewards)
+        # all ranks have the same number of samples; keep this rank's
+        advantages = advantages.reshape(len(gathered), -1)[self.accelerator.process_index]
+        advantages = torch.tensor(advantages, dtype=torch.float32, device=self.accelerator.device)
+        return advantages, all_rewards
+
+    def shuffle(self, data):
+        """Put the samples in a new order, and the timesteps of each sample in an order of its own.
+
+        data: a dict of tensors [B, ...], of which four are [B, T, ...]."""
+        B, T = data["timesteps"].shape
+        order = torch.randperm(B)
+        data = {name: tensor[order] for name, tensor in data.items()}
+        times = torch.stack([torch.randperm(T) for _ in range(B)])               # [B, T]
+        for name in ("timesteps", "latents", "next_latents", "log_probs"):
+            data[name] = data[name][torch.arange(B)[:, None], times]
+        return data
+
+    def embeds_of(self, data, mb):
+        """Return a minibatch's embeddings for `predict`, the negative prompts' first."""
+        if self.guidance_scale <= 1:
+            return data["prompt_embeds"][mb]
+        return torch.cat([data["negative_prompt_embeds"][mb], data["prompt_embeds"][mb]])
+
+    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds):
+        """Compute the loss, the approximate KL, and the fraction of ratios outside the clip range.
+
+        latents, next_latents [B, C, h, w]; timesteps, log_probs (of the old policy), advantages
+        [B]; embeds as in `predict`. Call after sampling, which sets the scheduler's timesteps.
+        Returns three scalars."""
+        config = self.config
+        with self.accelerator.autocast():
+            output = self.sd_pipeline.predict(
+                self.unet, latents, timesteps, embeds, self.guidance_scale)
+        mean, std = self.sd_pipeline.step_distribution(
+            output, timesteps, latents, config.sample_eta)
+        logratios = log_prob(next_latents, mean, std) - log_probs
+        ratio = torch.exp(logratios)                                             # rho_t
+        loss = self.loss(advantages, config.train_clip_range, ratio)
+        with torch.no_grad():
+            # TRL's metric, of the mean log p: the KL of a whole latent is far larger
+            approx_kl = 0.5 * (logratios**2).mean()
+            clipfrac = ((ratio - 1.0).abs() > config.train_clip_range).float().mean()
+        return loss, approx_kl, clipfrac
+
+    def loss(self, advantages, clip_range, ratio):
+        """Compute the clipped surrogate of clipped advantages. advantages, ratio [B]."""
+        limit = self.config.train_adv_clip_max
+        return policy_loss(ratio, advantages.clamp(-limit, limit), clip_range)
+
+    def mean_stats(self, pass_stats):
+        """Average [loss, approx_kl, clipfrac] over passes and ranks. Returns a dict.
+
+        Raises InputError if the loss is not finite, before a weight moves."""
+        means = self.sum_over_ranks(torch.stack(pass_stats).mean(0))
+        means = means / self.accelerator.num_processes
+        check_finite(means[0], self.epoch, "epochs")
+        return dict(zip(("loss", "approx_kl", "clipfrac"), means.tolist(), strict=True))
+
+    def optimizer_step(self):
+        """Clip the gradient and step."""
+        self.accelerator.clip_grad_norm_(self.unet.parameters(), self.config.train_max_grad_norm)
+        self.stepper.step()
+        self.stepper.zero_grad()
+
+    # =========================================================================
+    # Part 2, the machinery: nothing below is needed to understand the algorithm.
+    # =========================================================================
+
+    def __init__(self, config, reward_function, prompt_function, sd_pipeline,
+                 image_samples_hook=None):
+        """Prepare models and optimizer. Raises ValueError.
+
+        config: a DDPOConfig. sd_pipeline: a DDPOStableDiffusionPipeline.
+        reward_function: (images [B, 3, H, W] in [0, 1], prompts, metadata) -> B numbers, or
+            (B numbers, anything), of which the second goes to the hook.
+        prompt_function: () -> a prompt and its metadata.
+        image_samples_hook: called once per epoch on the main rank with a list of [images, prompts,
+            metadata, rewards, anything], one per batch, the global step, and the tracker or None.
+        """
+        if not isinstance(config, DDPOConfig):
+            raise ValueError(f"config must be a DDPOConfig, not {type(config).__name__}")
+        common.setup_ranks()
+        set_seed(config.seed)
+        self.config, self.sd_pipeline = config, sd_pipeline
+        self.reward_function, self.prompt_function = reward_function, prompt_function
+        self.image_samples_callback = image_samples_hook
+        run_name = config.run_name or config.exp_name
+        self.output_dir = Path(config.output_dir or Path("runs") / run_name)
+        self.make_accelerator()
+        self.check_parts()
+        self.start_trackers(run_name)
+
+        self.prepare_models()
+        self.unet, self.optimizer = self.accelerator.prepare(
+            sd_pipeline.unet, self.make_optimizer())
+        # accelerate's wrapper searches the disk for packages at each step; it is needed only where
+        # it scales gradients
+        self.stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
+        self.guidance_scale = config.sample_guidance_scale if config.train_cfg else 1.0
+        if config.negative_prompts and self.guidance_scale <= 1:
+            warnings.warn("negative_prompts has no effect without guidance", stacklevel=2)
+        self.negative_embed = sd_pipeline.encode([config.negative_prompts or ""])  # [1, L, D]
+        self.stat_tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size,
+                                                 config.per_prompt_stat_tracking_min_count)
+        self.executor = None
+        if config.async_reward_computation:
+            self.executor = ThreadPoolExecutor(config.max_workers)
+
+        self.epoch, self.global_step, self.stats, self.bar = 0, 0, {}, None
+        total_limit = self.accelerator.project_configuration.total_limit
+        self.keep_checkpoints = total_limit or config.num_checkpoint_limit
+        self.accelerator.register_for_checkpointing(self)
+        self.accelerator.register_save_state_pre_hook(self.save_weights)
+        self.accelerator.register_load_state_pre_hook(self.load_weights)
+        # the weights are made; from here on each rank draws samples of its own
+        set_seed(config.seed + 100_003 * self.accelerator.process_index)
+        if config.resume_from:
+            self.load_checkpoint(common.newest_checkpoint(config.resume_from))
+
+    def make_accelerator(self):
+        """Make the accelerator, and choose the precision of float32 products on GPUs."""
+        config = self.config
+        precision = config.mixed_precision or "no"
+        if precision == "fp16" and not torch.cuda.is_available():
+            precision = "no"
+        project = {"project_dir": str(self.output_dir), "total_limit": config.num_checkpoint_limit,
+                   "logging_dir": str(self.output_dir / config.logdir)}
+        self.start_accelerator(project, mixed_precision=precision)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise InputError("FSDP, DeepSpeed: DDPO does not train sharded weights; use plain "
+                             "torchrun, and use_lora with mixed_precision=bf16 for a large model")
+        torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+    def check_parts(self):
+        """Raise InputError for sizes that do not fit the scheduler or the number of ranks."""
+        config = self.config
+        timesteps = self.sd_pipeline.scheduler.config.num_train_timesteps
+        if config.sample_num_steps > timesteps:
+            raise InputError(f"sample_num_steps={config.sample_num_steps}: the scheduler was "
+                             f"trained with {timesteps} timesteps; give at most as many")
+        samples = config.sample_batch_size * config.sample_num_batches_per_epoch
+        if samples * self.accelerator.num_processes == 1 and not config.per_prompt_stat_tracking:
+            raise InputError("sample_batch_size x sample_num_batches_per_epoch = 1: one sample per "
+                             "epoch has no other to compare with; raise one of the two, or turn "
+                             "on per_prompt_stat_tracking")
+
+    def prepare_models(self):
+        """Move the models to the device: in float32, or in half precision where LoRA freezes."""
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        frozen = half.get(self.accelerator.mixed_precision, torch.float32)
+        pipeline = self.sd_pipeline
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.to(self.accelerator.device)
+            for p in part.parameters():
+                is_frozen = pipeline.use_lora and not p.requires_grad
+                p.data = p.data.to(frozen if is_frozen else torch.float32)
+        if self.config.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        pipeline.unet.train()  # gradient checkpointing needs it; dropout is off
+
+    def make_optimizer(self):
+        """Make AdamW for the weights that train."""
+        config, settings = self.config, {"fused": True}
+        optimizer_class = torch.optim.AdamW
+        if config.train_use_8bit_adam:
+            with explain("train_use_8bit_adam=True: it needs a GPU and pip install bitsandbytes"):
+                from bitsandbytes.optim import AdamW8bit
+            optimizer_class, settings = AdamW8bit, {}
+        return optimizer_class(
+            self.sd_pipeline.get_trainable_layers(), lr=config.train_learning_rate,
+            betas=(config.train_adam_beta1, config.train_adam_beta2),
+            eps=config.train_adam_epsilon, weight_decay=config.train_adam_weight_decay, **settings)
+
+    def train(self, epochs=None):
+        """Train up to epoch number `epochs` (None: config.num_epochs), resumed epochs included.
+
+        Writes metrics.jsonl, one line per epoch, and a checkpoint every save_freq epochs."""
+        last = self.config.num_epochs if epochs is None else epochs
+        log = None
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            log = common.MetricsFile(self.output_dir / "metrics.jsonl", self.epoch)
+        self.bar = tqdm(total=last, initial=self.epoch, unit="epoch", disable=log is None)
+        with self.bar:
+            while self.epoch < last:
+                self.step(self.epoch, self.global_step)
+                if log:
+                    log.write({"update": self.epoch, **self.stats})
+                    self.bar.set_postfix(reward=f"{self.stats['reward_mean']:.3f}", refresh=False)
+                    self.bar.update()
+                if self.epoch % self.config.save_freq == 0:
+                    self.save_checkpoint(self.accelerator.project_dir)
+        self.bar = None
+
+    def compute_rewards(self, prompt_image_pairs):
+        """Score batches [images, prompts, metadata]. Returns rewards [B] in float32, on the CPU.
+
+        Each batch's rewards, and what the function returned with them, are appended to the batch.
+        Raises InputError for rewards that are not B finite numbers."""
+        run = self.executor.map if self.executor else map
+        results = run(self.score_batch, prompt_image_pairs)
+        for batch, scored in zip(prompt_image_pairs, results, strict=True):
+            batch += scored
+        return torch.cat([rewards for _, _, _, rewards, _ in prompt_image_pairs])
+
+    def score_batch(self, batch):
+        """Score a batch. Returns [rewards [b], what the function returned with them]."""
+        images, prompts, metadata = batch
+        result = self.reward_function(images, prompts, metadata)
+        rewards, extra = to_floats(result), {}
+        if isinstance(result, tuple) and len(result) == 2:
+            first = to_floats(result[0])
+            if first is not None:  # else a tuple of two rewards
+                rewards, extra = first, result[1]
+        if rewards is None or len(rewards) != len(prompts):
+            given = "no list of numbers" if rewards is None else f"{len(rewards)} rewards"
+            raise InputError(f"reward_function returned {given} for {len(prompts)} images: return "
+                             "one reward per image")
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            if not math.isfinite(reward):
+                raise InputError(f"reward_function returned for {prompt!r} the reward {reward}: "
+                                 "rewards must be finite; check the function")
+        return [torch.tensor(rewards), extra]
+
+    # ------------------------------------------------------------------ logging and saving
+    def log(self, stats, global_step):
+        """Send statistics to the tracker."""
+        if self.config.log_with:
+            self.accelerator.log(stats, step=global_step)
+
+    def show_images(self, prompt_image_pairs, global_step):
+        """Call the hook on the main rank."""
+        if self.image_samples_callback is not None and self.accelerator.is_main_process:
+            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
+            self.image_samples_callback(prompt_image_pairs, global_step, tracker)
+
+    def show_phase(self, phase):
+        """Name the phase of an epoch in the progress bar."""
+        if self.bar is not None:
+            self.bar.set_description(phase)
+
+    def create_model_card(self, path, model_name="TRL DDPO Model"):
+        """Write README.md into the folder `path`: what the model is and how to load it."""
+        config, base = self.config, self.config.model_name or "toy/pipeline"
+        load = 'StableDiffusionPipeline.from_pretrained(".")'
+        if self.sd_pipeline.use_lora:
+            load = (f'StableDiffusionPipeline.from_pretrained("{base}")\n'
+                    'pipeline.load_lora_weights(".")')
+        os.makedirs(path, exist_ok=True)
+        Path(path, "README.md").write_text(f"""---
+library_name: diffusers
+tags: [ddpo, diffusion, reinforcement-learning, text-to-image]
+---
+# {model_name}
+
+A diffusion model fine-tuned with denoising diffusion policy optimization:
+{self.epoch} epochs, {self.global_step} optimizer steps (experiment `{config.exp_name}`, pipeline
+`{base}`, prompts `{config.prompts or 'toy/shapes.txt'}`, reward `{config.reward_function}`).
+
+```python
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipeline = {load}
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
+         num_inference_steps={config.sample_num_steps}, eta={config.sample_eta},
+         guidance_scale={self.guidance_scale})
+```
+""")
+
+    def save_pretrained(self, save_directory):
+        """Write the LoRA or the pipeline, and a model card. Call on every rank."""
+        if self.accelerator.is_main_process:
+            self.sd_pipeline.save_pretrained(save_directory)
+            self.create_model_card(save_directory, self.config.exp_name)
+        self.accelerator.wait_for_everyone()
+
+    def save_weights(self, models, weights, folder):
+        """Save the weights that train; accelerate would save the frozen ones too."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            self.sd_pipeline.save_checkpoint(folder)
+
+    def load_weights(self, models, folder):
+        models.clear()
+        self.sd_pipeline.load_checkpoint(folder)
+
+    def state_dict(self):
+        """Return what a checkpoint holds besides weights, optimizer and random state."""
+        recent = {prompt: list(rewards) for prompt, rewards in self.stat_tracker.stats.items()}
+        return {"epoch": self.epoch, "global_step": self.global_step, "rewards": recent}
+
+    def load_state_dict(self, state):
+        self.epoch, self.global_step = state["epoch"], state["global_step"]
+        self.stat_tracker.stats.clear()
+        for prompt, rewards in state["rewards"].items():
+            self.stat_tracker.stats[prompt].extend(rewards)
+
+    def save_checkpoint(self, folder):
+        """Write folder/checkpoint-<epochs> and remove the oldest ones. Call on every rank."""
+        super().save_checkpoint(folder, self.epoch)
+
+
+def to_floats(rewards):
+    """Return the numbers of a list, array or tensor as floats; None for anything else."""
+    try:
+        return [float(reward) for reward in rewards]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+# ----------------------------------------------------------------------------- the pipeline
+class DDPOStableDiffusionPipeline(DenoisingPolicy):
+    """A StableDiffusionPipeline as a policy, whose UNet or LoRA trains.
+
+    For another kind of pipeline override `encode` and `predict`: all embeddings and all calls of
+    the UNet go through them."""
 
     def __init__(self, sd_pipeline, use_lora=True, lora_r=4, lora_alpha=4):
-        """sd_pipeline: a StableDiffusionPipeline; a LoRA that it has loaded goes on training. Its scheduler becomes DDIM."""
+        """Set what trains: a LoRA that the pipeline has loaded, else a fresh one, or the UNet.
+
+        sd_pipeline: a StableDiffusionPipeline; its scheduler becomes DDIM."""
         self.sd_pipeline, self.use_lora = sd_pipeline, use_lora
         sd_pipeline.scheduler = DDIMScheduler.from_config(sd_pipeline.scheduler.config)
         for part in (sd_pipeline.vae, sd_pipeline.text_encoder, sd_pipeline.unet):
             part.requires_grad_(False)
-        disable_dropout(self.unet)
+        common.disable_dropout(self.unet)
+        has_lora = bool(getattr(self.unet, "peft_config", None))
         if not use_lora:
-            if getattr(self.unet, "peft_config", None):  # a LoRA that it has loaded goes into the UNet's weights
+            if has_lora:
                 sd_pipeline.fuse_lora()
                 sd_pipeline.unload_lora_weights()
             self.unet.requires_grad_(True)
             return
-        if not getattr(self.unet, "peft_config", None):
-            self.unet.add_adapter(LoraConfig(r=lora_r, lora_alpha=lora_alpha, init_lora_weights="gaussian",
-                                             target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+        if not has_lora:
+            self.unet.add_adapter(LoraConfig(
+                r=lora_r, lora_alpha=lora_alpha, init_lora_weights="gaussian",
+                target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
         (self.adapter,) = self.unet.active_adapters()
+        matrices = (f".lora_A.{self.adapter}.", f".lora_B.{self.adapter}.")
         for name, p in self.unet.named_parameters():
-            p.requires_grad_(f".lora_A.{self.adapter}." in name or f".lora_B.{self.adapter}." in name)
+            p.requires_grad_(any(matrix in name for matrix in matrices))
 
     unet = property(lambda self: self.sd_pipeline.unet)
     vae = property(lambda self: self.sd_pipeline.vae)
@@ -418,109 +963,74 @@ class DDPOStableDiffusionPipeline:
         self.sd_pipeline.set_progress_bar_config(**kwargs)
 
     def get_trainable_layers(self):
-        """The parameters that train."""
+        """Return the parameters that train."""
         return [p for p in self.unet.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Texts -> embeddings [B, L, D]."""
-        return self.sd_pipeline.encode_prompt(list(prompts), self.text_encoder.device, 1, False)[0]
+        """Compute the embeddings [B, L, D] of B prompts."""
+        device = self.text_encoder.device
+        return self.sd_pipeline.encode_prompt(list(prompts), device, 1, False)[0]
 
-    def predict(self, unet, latents, timesteps, embeds, guidance_scale, guidance_rescale=0.0):
-        """What the model says of latents [B, C, h, w] at timesteps [B] -> [B, C, h, w]. unet: the UNet, or its DDP wrapper;
-        embeds: [2B, L, D], the negative prompts' first, for guidance; [B, L, D] without."""
-        if len(embeds) == len(latents):
-            return unet(latents, timesteps, embeds, return_dict=False)[0]
-        output = unet(torch.cat([latents] * 2), torch.cat([timesteps] * 2), embeds, return_dict=False)[0]
-        return guided(*output.chunk(2), guidance_scale, guidance_rescale)
-
-    def step_distribution(self, output, timestep, sample, eta, use_clipped_model_output=False):
-        """Mean and standard deviation of the next latent, for timesteps [B]; see ddim_mean_std."""
-        scheduler = self.scheduler
-        alphas, timestep = scheduler.alphas_cumprod.to(sample.device), timestep.to(sample.device)
-        previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        final = scheduler.final_alpha_cumprod.to(sample.device)
-        alpha_prev = torch.where(previous >= 0, alphas[previous.clamp(min=0)], final)
-        clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-        return ddim_mean_std(sample, output, alphas[timestep], alpha_prev, eta, scheduler.config.prediction_type, clip,
-                             use_clipped_model_output)
-
-    def scheduler_step(self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=False, generator=None,
-                       prev_sample=None):
-        """One denoising step -> DDPOSchedulerOutput. model_output, sample [B, C, h, w]; timestep [B]; prev_sample: the
-        next latent, where it is known already and only its log-probability is asked for."""
-        timestep = timestep.expand(len(sample)) if timestep.dim() == 0 else timestep
-        mean, std = self.step_distribution(model_output, timestep, sample, eta, use_clipped_model_output)
-        if prev_sample is None:
-            noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            prev_sample = (mean + std * noise).to(sample.dtype)                # rounded as it is kept, and only then scored
-        return DDPOSchedulerOutput(prev_sample, log_prob(prev_sample, mean, std))
-
-    @torch.no_grad()
-    def __call__(self, prompt_embeds, negative_prompt_embeds=None, num_inference_steps=50, guidance_scale=5.0, eta=1.0,
-                 output_type="pt", guidance_rescale=0.0, generator=None):
-        """Draws a picture for each of prompt_embeds [B, L, D] -> DDPOPipelineOutput.
-
-        negative_prompt_embeds [B, L, D] or None; guidance_scale of 1 or less: no guidance. output_type: "pt" (pictures
-        [B, 3, H, W] in 0..1), "np", "pil", or "latent"."""
-        embeds = prompt_embeds
-        if guidance_scale > 1 and negative_prompt_embeds is not None:
-            embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        batch, device, size = len(prompt_embeds), prompt_embeds.device, self.unet.config.sample_size
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+    def initial_noise(self, prompt_embeds, generator):
+        """Draw the latents x_T [B, C, h, w]."""
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         height, width = (size, size) if isinstance(size, int) else size
-        latents = randn_tensor((batch, self.unet.config.in_channels, height, width), generator=generator, device=device,
-                               dtype=prompt_embeds.dtype)
-        all_latents, log_probs = [latents], []
-        for t in self.scheduler.timesteps:
-            timestep = t.expand(batch)
-            output = self.predict(self.unet, latents, timestep, embeds, guidance_scale, guidance_rescale)
-            step = self.scheduler_step(output, timestep, latents, eta, generator=generator)
-            latents = step.latents
-            all_latents.append(latents)
-            log_probs.append(step.log_probs)
-        images = latents
-        if output_type != "latent":
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.sd_pipeline.image_processor.postprocess(images, output_type=output_type)
-        return DDPOPipelineOutput(images, all_latents, log_probs)
+        return randn_tensor((len(prompt_embeds), channels, height, width), generator,
+                            prompt_embeds.device, prompt_embeds.dtype)
+
+    def decode(self, latents, output_type):
+        """Turn latents [B, C, h, w] into images of this type."""
+        if output_type == "latent":
+            return latents
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(latents, return_dict=False)[0]
+        return self.sd_pipeline.image_processor.postprocess(images, output_type=output_type)
 
     def save_pretrained(self, folder):
-        """Writes what was trained: the LoRA, as `load_lora_weights` takes it, or the whole pipeline, for `from_pretrained`."""
-        if self.use_lora:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet, adapter_name=self.adapter))
-            StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers,
-                                                      unet_lora_adapter_metadata=self.unet.peft_config[self.adapter].to_dict())
-        else:
+        """Write the LoRA, for `load_lora_weights`, or the pipeline, for `from_pretrained`."""
+        if not self.use_lora:
             self.sd_pipeline.save_pretrained(folder)
+            return
+        layers = get_peft_model_state_dict(self.unet, adapter_name=self.adapter)
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=convert_state_dict_to_diffusers(layers),
+            unet_lora_adapter_metadata=self.unet.peft_config[self.adapter].to_dict())
 
     def save_checkpoint(self, folder):
-        """Writes the weights that train, as save_pretrained does, but not the parts that never change."""
-        self.save_pretrained(folder) if self.use_lora else self.unet.save_pretrained(Path(folder, "unet"))
+        """Write the weights that train, without the other parts of the pipeline."""
+        if self.use_lora:
+            self.save_pretrained(folder)
+        else:
+            self.unet.save_pretrained(Path(folder, "unet"))
 
     def load_checkpoint(self, folder):
-        """Reads them back, a LoRA into the adapter that trains."""
+        """Read the weights of save_checkpoint, a LoRA's into the adapter that trains."""
         if self.use_lora:
-            state, _ = StableDiffusionPipeline.lora_state_dict(folder)
-            state = {name.removeprefix("unet."): weight for name, weight in state.items()}
-            set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(state), adapter_name=self.adapter)
+            saved, _ = StableDiffusionPipeline.lora_state_dict(folder)
+            layers = {name.removeprefix("unet."): weight for name, weight in saved.items()}
+            set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers),
+                                      adapter_name=self.adapter)
         else:
-            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(Path(folder, "unet")).state_dict())
+            saved = UNet2DConditionModel.from_pretrained(Path(folder, "unet"))
+            self.unet.load_state_dict(saved.state_dict())
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """The same from a hub name or folder of any StableDiffusionPipeline."""
+    """The same, from the hub name or folder of a StableDiffusionPipeline."""
 
-    def __init__(self, pretrained_model_name, *, pretrained_model_revision="main", use_lora=True, lora_r=4, lora_alpha=4,
-                 lora_weights=None):
-        """lora_weights: a LoRA to go on from, as `load_lora_weights` takes it. Raises InputError."""
-        name = str(pretrained_model_name)
+    def __init__(self, pretrained_model_name, *, pretrained_model_revision="main", use_lora=True,
+                 lora_r=4, lora_alpha=4, lora_weights=None):
+        """Load the pipeline. Raises InputError.
+
+        lora_weights: a LoRA to train further, as `load_lora_weights` takes it."""
+        name, revision = str(pretrained_model_name), pretrained_model_revision
         with explain(f"model_name {name} can't be loaded as a Stable Diffusion pipeline"):
-            kind = DiffusionPipeline.load_config(name, revision=pretrained_model_revision)["_class_name"]
+            kind = DiffusionPipeline.load_config(name, revision=revision)["_class_name"]
             if kind != "StableDiffusionPipeline":
-                raise InputError(f"model_name {name} is a {kind}, and only a StableDiffusionPipeline is trained here: docs/ddpo.md "
-                                 "tells what to change for another")
-            pipeline = StableDiffusionPipeline.from_pretrained(name, revision=pretrained_model_revision,
+                raise InputError(f"model_name {name} is a {kind}: only a StableDiffusionPipeline "
+                                 "trains here; docs/ddpo.md says what another one needs")
+            pipeline = StableDiffusionPipeline.from_pretrained(name, revision=revision,
                                                                dtype=torch.float32)
         if lora_weights:
             with explain(f"lora_weights {lora_weights} can't be loaded"):
@@ -528,437 +1038,206 @@ class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
         super().__init__(pipeline, use_lora, lora_r, lora_alpha)
 
 
-# ------------------------------------------------------------------------------------------------ the trainer
-class DDPOTrainer:
-    """DDPO that calls your reward function.
-
-        trainer = DDPOTrainer(DDPOConfig(), reward_function, prompt_function, DefaultDDPOStableDiffusionPipeline("my/model"))
-        trainer.train()
-
-    Every method is called on every rank. Symbols in shapes: B samples, T denoising steps, [C, h, w] a latent."""
-
-    def __init__(self, config, reward_function, prompt_function, sd_pipeline, image_samples_hook=None):
-        """
-        config: DDPOConfig. sd_pipeline: DDPOStableDiffusionPipeline. prompt_function: () -> a prompt and its metadata.
-        reward_function: (images [B, 3, H, W] in 0..1, prompts, metadata) -> B numbers, or (B numbers, anything), which is
-            handed to the hook.
-        image_samples_hook: called each epoch on the main rank with a list of [images, prompts, metadata, rewards, anything],
-            one for each batch, the global step, and the tracker (None without one).
-        Raises InputError for parts that don't go together."""
-        if not isinstance(config, DDPOConfig):
-            raise ValueError(f"config must be a DDPOConfig, not {type(config).__name__}")
-        setup_ranks()
-        set_seed(config.seed)
-        self.config, self.reward_function, self.prompt_function = config, reward_function, prompt_function
-        self.sd_pipeline, self.image_samples_callback = sd_pipeline, image_samples_hook
-        self.output_dir = Path(config.output_dir or Path("runs") / (config.run_name or config.exp_name))
-        self.accelerator = self._make_accelerator()
-        device, ranks = self.accelerator.device, self.accelerator.num_processes
-        torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        if config.sample_batch_size * config.sample_num_batches_per_epoch * ranks < 2 and not config.per_prompt_stat_tracking:
-            raise InputError("one sample an epoch has nothing to be better than: raise sample_batch_size or "
-                             "sample_num_batches_per_epoch, or turn on per_prompt_stat_tracking")
-        frozen = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        for part in (sd_pipeline.vae, sd_pipeline.text_encoder, sd_pipeline.unet):
-            part.to(device, memory_format=torch.channels_last)  # the order that convolutions are fastest in
-            for p in part.parameters():
-                p.data = p.data.to(frozen if sd_pipeline.use_lora and not p.requires_grad else torch.float32)
-        if config.gradient_checkpointing:
-            sd_pipeline.unet.enable_gradient_checkpointing()
-        sd_pipeline.unet.train()  # for gradient checkpointing; dropout is off
-        self.unet, self.optimizer = self.accelerator.prepare(sd_pipeline.unet, self._make_optimizer())
-        # accelerate's wrapper searches the disk for packages at each step; it is needed only where it scales gradients
-        self._stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
-        self.guidance_scale = config.sample_guidance_scale if config.train_cfg else 1.0
-        self.negative = sd_pipeline.encode([config.negative_prompts or ""])                            # [1, L, D]
-        self.stat_tracker = PerPromptStatTracker(config.per_prompt_stat_tracking_buffer_size,
-                                                 config.per_prompt_stat_tracking_min_count)
-        self.executor = ThreadPoolExecutor(config.max_workers) if config.async_reward_computation else None
-        self.epoch, self.global_step, self.stats = 0, 0, {}
-        self.accelerator.register_for_checkpointing(self)
-        self.accelerator.register_save_state_pre_hook(self._save_weights)
-        self.accelerator.register_load_state_pre_hook(self._load_weights)
-        set_seed(config.seed + 100_003 * self.accelerator.process_index)  # weights are made: now each rank draws its own
-        if config.resume_from:
-            self.load_checkpoint(newest_checkpoint(config.resume_from))
-
-    def _make_accelerator(self):
-        config, precision = self.config, self.config.mixed_precision or "no"
-        if precision == "fp16" and not torch.cuda.is_available():
-            precision = "no"
-        project = ProjectConfiguration(**{
-            "project_dir": str(self.output_dir), "logging_dir": str(self.output_dir / config.logdir),
-            "total_limit": config.num_checkpoint_limit, **config.project_kwargs, "automatic_checkpoint_naming": False})
-        accelerator = Accelerator(**{"log_with": config.log_with, "project_config": project, "mixed_precision": precision,
-                                     **config.accelerator_kwargs})
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise InputError("DDPO samples from whole weights and does not train sharded ones (FSDP, DeepSpeed): run it under plain "
-                             "torchrun, a large model with use_lora and mixed_precision=bf16")
-        if config.log_with:
-            init = {name: dict(kwargs) for name, kwargs in config.tracker_kwargs.items()}
-            if config.log_with == "wandb":
-                init.setdefault("wandb", {}).setdefault("name", config.run_name or config.exp_name)
-            plain = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float, str, bool))}
-            accelerator.init_trackers(config.tracker_project_name, plain, init)
-        return accelerator
-
-    def _make_optimizer(self):
-        config, kwargs = self.config, {"fused": True}
-        kind = torch.optim.AdamW
-        if config.train_use_8bit_adam:
-            with explain("train_use_8bit_adam needs the package bitsandbytes (pip install bitsandbytes) and a GPU"):
-                from bitsandbytes.optim import AdamW8bit
-            kind, kwargs = AdamW8bit, {}
-        return kind(self.sd_pipeline.get_trainable_layers(), lr=config.train_learning_rate,
-                    betas=(config.train_adam_beta1, config.train_adam_beta2), eps=config.train_adam_epsilon,
-                    weight_decay=config.train_adam_weight_decay, **kwargs)
-
-    def train(self, epochs=None):
-        """Trains until `epochs` epochs (None: config.num_epochs) are done in all, those before a checkpoint included. Writes
-        metrics.jsonl, a line an epoch, and every save_freq epochs a checkpoint into the output folder."""
-        last = self.config.num_epochs if epochs is None else epochs
-        log = None
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            log = MetricsFile(self.output_dir / "metrics.jsonl", self.epoch)
-        with tqdm(total=last, initial=self.epoch, unit="epoch", disable=log is None) as bar:
-            while self.epoch < last:
-                self.step(self.epoch, self.global_step)
-                if log:
-                    log.write({"update": self.epoch, **self.stats})
-                    bar.set_postfix(reward=f"{self.stats['reward_mean']:.3f}", refresh=False)
-                    bar.update()
-                if self.epoch % self.config.save_freq == 0:
-                    self.save_checkpoint(self.accelerator.project_dir)
-
-    # ------------------------------------------------------------------ one epoch
-    def step(self, epoch, global_step):
-        """Draws an epoch's pictures, scores them and learns from them -> the global step (optimizer steps so far).
-
-        Logs to the tracker and calls the hook; `stats` then has the epoch's means.
-        Raises InputError for rewards that are no B finite numbers, and for a loss that is not finite."""
-        config = self.config
-        samples, pairs = self._generate_samples(config.sample_num_batches_per_epoch, config.sample_batch_size)
-        rewards = self.compute_rewards(pairs)
-        prompts = [prompt for _, prompts, *_ in pairs for prompt in prompts]
-        advantages, all_rewards = self.compute_advantages(prompts, rewards)
-        self._tell({"epoch": epoch, "reward_mean": all_rewards.mean(), "reward_std": all_rewards.std()}, global_step)
-        self._show(pairs, global_step)
-
-        data = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-        count, steps = data["timesteps"].shape
-        rows, times = torch.arange(count), torch.arange(steps).repeat(count, 1)
-        train_stats = []
-        for inner_epoch in range(config.train_num_inner_epochs):
-            order = torch.randperm(count)                               # samples in a new order, and the times of each
-            rows, times = rows[order], times[order]
-            times = times.gather(1, torch.stack([torch.randperm(steps) for _ in range(count)]))
-            for start in range(0, count, config.samples_per_step):
-                part = slice(start, start + config.samples_per_step)
-                train_stats.append(self._optimizer_step(data, advantages, rows[part], times[part]))
-                global_step += 1
-                self._tell({**train_stats[-1], "epoch": epoch, "inner_epoch": inner_epoch}, global_step)
-        mean = {name: float(np.mean([s[name] for s in train_stats])) for name in train_stats[0]}
-        self.stats = {"reward_mean": float(all_rewards.mean()), "reward_std": float(all_rewards.std()), **mean,
-                      "global_step": global_step}
-        self.epoch, self.global_step = epoch + 1, global_step
-        return global_step
-
-    def draw(self, prompts, generator=None):
-        """Pictures of the policy for prompts [B] -> DDPOPipelineOutput, and the prompts' embeddings [B, L, D]."""
-        config = self.config
-        with self.accelerator.autocast():
-            embeds = self.sd_pipeline.encode(prompts)
-            output = self.sd_pipeline(embeds, self.negative.expand_as(embeds), config.sample_num_steps, self.guidance_scale,
-                                      config.sample_eta, "pt", generator=generator)
-        return output, embeds
-
-    def _generate_samples(self, iterations, batch_size):
-        """-> samples, a dict for each batch: timesteps and log_probs [B, T], latents and next_latents [B, T, C, h, w],
-        prompt_ids, prompt_embeds, negative_prompt_embeds; and [images, prompts, metadata] of each."""
-        samples, pairs = [], []
-        for _ in range(iterations):
-            prompts, metadata = zip(*[self.prompt_function() for _ in range(batch_size)])
-            output, embeds = self.draw(prompts)
-            latents = torch.stack(output.latents, dim=1)                                              # [B, T + 1, C, h, w]
-            ids = self.sd_pipeline.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-            samples.append({
-                "prompt_ids": ids, "prompt_embeds": embeds, "negative_prompt_embeds": self.negative.expand_as(embeds),
-                "timesteps": self.sd_pipeline.scheduler.timesteps.expand(batch_size, -1),
-                "latents": latents[:, :-1], "next_latents": latents[:, 1:], "log_probs": torch.stack(output.log_probs, dim=1)})
-            pairs.append([output.images, prompts, metadata])
-        return samples, pairs
-
-    def compute_rewards(self, pairs):
-        """Scores batches [images, prompts, metadata] -> rewards [B of all], float32, on the CPU; each batch's rewards and what
-        came with them are appended to it. Raises InputError."""
-        call = lambda pair: self.reward_function(*pair[:3])
-        for pair, result in zip(pairs, self.executor.map(call, pairs) if self.executor else map(call, pairs)):
-            many = isinstance(result, tuple) and len(result) == 2 and numbers(result[0]) is not None
-            rewards, extra = result if many else (result, {})
-            rewards = numbers(rewards)
-            if rewards is None or len(rewards) != len(pair[1]):
-                given = "no list of numbers" if rewards is None else f"{len(rewards)} rewards"
-                raise InputError(f"the reward function returned {given} for {len(pair[1])} pictures: return one for each")
-            rewards = torch.tensor(rewards)
-            if not torch.isfinite(rewards).all():
-                worst = int((~torch.isfinite(rewards)).nonzero()[0])
-                raise InputError(f"the reward of the picture for {pair[1][worst]!r} is {rewards[worst].item()}: rewards must be "
-                                 "finite; mend the reward function")
-            pair += [rewards, extra]
-        return torch.cat([pair[3] for pair in pairs])
-
-    def compute_advantages(self, prompts, rewards):
-        """Prompts and rewards [B] of this rank -> its advantages [B], and the rewards of all ranks (an array)."""
-        gathered = gather_object([(list(prompts), rewards.tolist())])
-        all_prompts = [prompt for rank, _ in gathered for prompt in rank]
-        all_rewards = np.array([reward for _, rank in gathered for reward in rank])
-        advantages = (self.stat_tracker.update(all_prompts, all_rewards) if self.config.per_prompt_stat_tracking
-                      else normalise(all_rewards))
-        mine = advantages.reshape(len(gathered), -1)[self.accelerator.process_index]
-        return torch.as_tensor(mine, dtype=torch.float32, device=self.accelerator.device), all_rewards
-
-    def _optimizer_step(self, data, advantages, rows, times):
-        """One optimizer step on the samples `rows` [n], each at its first times of `times` [n, T] -> means of its statistics,
-        over all ranks."""
-        config = self.config
-        trained = int(times.shape[1] * config.train_timestep_fraction)
-        passes = [(mb, t)                                          # samples [n], and k of the times of each [k, n]
-                  for mb, mb_times in zip(rows.split(config.train_batch_size), times.split(config.train_batch_size))
-                  for t in mb_times[:, :trained].T.split(config.train_times_per_pass or 2)]
-        read = ["negative_prompt_embeds"] * (self.guidance_scale > 1) + ["prompt_embeds"]
-        means = torch.zeros(3, device=advantages.device)                                   # loss, approx_kl, clipfrac
-        for i, (mb, t) in enumerate(passes):
-            steps = [data[name][mb, t] for name in ("latents", "timesteps", "next_latents", "log_probs")]  # [k, n, ...] each
-            embeds = torch.cat([data[name][mb] for name in read])
-            repeated = torch.cat([data[name][mb].repeat(len(t), 1, 1) for name in read])
-            # ranks exchange gradients once, in the last backward pass
-            with nullcontext() if i + 1 == len(passes) else self.accelerator.no_sync(self.unet):
-                outputs = self._predict(steps[0].flatten(0, 1), steps[1].flatten(), repeated)
-                told = [torch.stack(self.calculate_loss(*step, advantages[mb], embeds, output))
-                        for *step, output in zip(*steps, outputs.unflatten(0, t.shape))]
-                share = sum(told) * len(mb) / (len(rows) * trained)
-                self.accelerator.backward(share[0])
-            means += share.detach()
-        check_finite(means[0], self.epoch, "epochs")
-        self.accelerator.clip_grad_norm_(self.unet.parameters(), config.train_max_grad_norm)
-        self._stepper.step()
-        self._stepper.zero_grad()
-        means = self.accelerator.reduce(means, "mean") if self.accelerator.num_processes > 1 else means
-        return dict(zip(("loss", "approx_kl", "clipfrac"), means.tolist()))
-
-    def _predict(self, latents, timesteps, embeds):
-        with self.accelerator.autocast():
-            return self.sd_pipeline.predict(self.unet, latents, timesteps, embeds, self.guidance_scale)
-
-    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds, output=None):
-        """-> loss, approximate KL from the policy that sampled, share of samples where the clip binds (scalars).
-
-        latents, next_latents [B, C, h, w]; timesteps, log_probs (when sampled), advantages [B]; embeds [2B, L, D], the negative
-        prompts' first, or [B, L, D] without guidance; output [B, C, h, w]: what the UNet says of it, where it was asked already.
-        The scheduler's timesteps must be set, as sampling leaves them."""
-        config = self.config
-        if output is None:
-            output = self._predict(latents, timesteps, embeds)
-        mean, std = self.sd_pipeline.step_distribution(output, timesteps, latents, config.sample_eta)
-        logratios = log_prob(next_latents, mean, std) - log_probs
-        ratio = torch.exp(logratios)                                                                  # rho_t
-        loss = self.loss(advantages, config.train_clip_range, ratio)
-        with torch.no_grad():
-            approx_kl = 0.5 * (logratios**2).mean()
-            clipfrac = ((ratio - 1.0).abs() > config.train_clip_range).float().mean()
-        return loss, approx_kl, clipfrac
-
-    def loss(self, advantages, clip_range, ratio):
-        """See L at the top, with the advantages cut to -train_adv_clip_max .. train_adv_clip_max."""
-        limit = self.config.train_adv_clip_max
-        return policy_loss(ratio, advantages.clamp(-limit, limit), clip_range)
-
-    # ------------------------------------------------------------------ what is told and kept
-    def _tell(self, stats, global_step):
-        if self.config.log_with:
-            self.accelerator.log(stats, step=global_step)
-
-    def _show(self, pairs, global_step):
-        if self.image_samples_callback is not None and self.accelerator.is_main_process:
-            tracker = self.accelerator.trackers[0] if self.accelerator.trackers else None
-            self.image_samples_callback(pairs, global_step, tracker)
-
-    def create_model_card(self, path, model_name="TRL DDPO Model"):
-        """Writes README.md into the folder `path`: what the model is and how to load it."""
-        c, base = self.config, self.config.model_name or "toy/pipeline"
-        load = (f'StableDiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights(".")' if self.sd_pipeline.use_lora
-                else 'StableDiffusionPipeline.from_pretrained(".")')
-        os.makedirs(path, exist_ok=True)
-        Path(path, "README.md").write_text(f"""---
-library_name: diffusers
-tags: [ddpo, diffusion, reinforcement-learning, text-to-image]
----
-# {model_name}
-
-A diffusion model fine-tuned with denoising diffusion policy optimisation: {self.epoch} epochs, {self.global_step} optimizer steps
-(experiment `{c.exp_name}`, pipeline `{base}`, prompts `{c.prompts or 'toy/shapes.txt'}`, reward `{c.reward_function}`).
-
-```python
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipeline = {load}
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-pipeline("a prompt", negative_prompt={c.negative_prompts or ""!r}, num_inference_steps={c.sample_num_steps}, eta={c.sample_eta},
-         guidance_scale={self.guidance_scale})
-```
-""")
-
-    def save_pretrained(self, save_directory):
-        """Writes the LoRA or the pipeline, and a model card. Call it on every rank; the main one writes."""
-        if self.accelerator.is_main_process:
-            self.sd_pipeline.save_pretrained(save_directory)
-            self.create_model_card(save_directory, self.config.exp_name)
-        self.accelerator.wait_for_everyone()
-
-    def _save_weights(self, models, weights, folder):
-        weights.clear()  # accelerate would write all of the UNet, frozen or not
-        if self.accelerator.is_main_process:
-            self.sd_pipeline.save_checkpoint(folder)
-
-    def _load_weights(self, models, folder):
-        models.clear()
-        self.sd_pipeline.load_checkpoint(folder)
-
-    def state_dict(self):
-        """What a checkpoint holds beside weights, optimizer and random numbers, which accelerate saves."""
-        return {"epoch": self.epoch, "global_step": self.global_step,
-                "rewards": {prompt: list(rewards) for prompt, rewards in self.stat_tracker.stats.items()}}
-
-    def load_state_dict(self, state):
-        self.epoch, self.global_step = state["epoch"], state["global_step"]
-        for prompt, rewards in state["rewards"].items():
-            self.stat_tracker.stats[prompt].extend(rewards)
-
-    def save_checkpoint(self, folder):
-        """Writes folder/checkpoint-<epochs>, aside first and then renamed: a run killed meanwhile still has the one before.
-        Called on every rank."""
-        final, aside = Path(folder, f"checkpoint-{self.epoch}"), Path(folder, "checkpoint.tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            saved = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-            for old in saved[:-self.accelerator.project_configuration.total_limit]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def load_checkpoint(self, path):
-        """Goes on where a checkpoint was written: weights, optimizer, random numbers, epoch, rewards of the prompts. The learning
-        rate is config's."""
-        self.accelerator.load_state(str(path))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.train_learning_rate
+# ----------------------------------------------------------------------------- rewards
+def jpeg_incompressibility(images, prompts, metadata):
+    """Measure each image as a JPEG file of quality 95, in kB (Black et al. 2023, section 5.1)."""
+    sizes = []
+    for image in to_pil(images):
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return sizes
 
 
-# ------------------------------------------------------------------------------------------------ the script
+def jpeg_compressibility(images, prompts, metadata):
+    """Measure the same, with a minus sign."""
+    return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
+
+
+def shape_alignment(images, prompts, metadata):
+    """Measure from 0 to 1 how well each image shows its prompt, such as "a red circle".
+
+    A pixel's paint is its saturation times the likeness of its hue to the color of the prompt. The
+    ideal shape, a quarter as wide as the image, is centered on the paint. The reward is their
+    overlap: the sum of minima over the sum of maxima. images [B, 3, H, W] in [0, 1]."""
+    rewards = []
+    for image, prompt in zip(images.float().cpu(), prompts, strict=True):
+        color, shape = color_and_shape(prompt)
+        hue, target = image - image.mean(0), color - color.mean(0)
+        cosine = (hue * target).sum(0) / (hue.norm(dim=0) * target.norm(dim=0) + 1e-6)
+        saturation = image.amax(0) - image.amin(0)
+        paint = saturation * cosine.clamp(min=0)                                  # [H, W]
+        height, width = paint.shape
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        total = paint.sum() + 1e-6
+        center_x, center_y = (paint * x).sum() / total, (paint * y).sum() / total
+        ideal = shape((x - center_x) * 4 / width, (y - center_y) * 4 / height).float()
+        overlap = torch.minimum(paint, ideal).sum() / torch.maximum(paint, ideal).sum()
+        rewards.append(overlap.item())
+    return rewards
+
+
+def color_and_shape(prompt):
+    """Find a color [3, 1, 1] and a shape, a function of x and y, in a prompt."""
+    colors = [COLORS[word] for word in prompt.split() if word in COLORS]
+    shapes = [SHAPES[word] for word in prompt.split() if word in SHAPES]
+    if not colors or not shapes:
+        raise InputError(f"prompts: shape_alignment can't score {prompt!r}, which needs a color "
+                         f"({', '.join(COLORS)}) and a shape ({', '.join(SHAPES)}); choose another "
+                         "--reward-function for other prompts")
+    return torch.tensor(colors[0]).view(3, 1, 1).float(), shapes[0]
+
+
+# Is the point (x, y) inside the shape of area pi around its center of mass? y grows downwards.
+def circle(x, y):
+    return x**2 + y**2 < 1
+
+
+def square(x, y):
+    return torch.maximum(x.abs(), y.abs()) < math.sqrt(math.pi) / 2
+
+
+def triangle(x, y):
+    return (y < 0.7776) & (math.sqrt(3) * x.abs() < y + 1.5551)
+
+
+COLORS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
+SHAPES = {"circle": circle, "square": square, "triangle": triangle}
+REWARDS = {
+    "shape_alignment": shape_alignment,                # for the toy's prompts
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+}
+
+
 def load_image_reward(name):
-    """A name of REWARDS, or file.py:function -> the function. Raises InputError."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        if name not in REWARDS:
-            raise InputError(f"reward_function {name!r}: choose {', '.join(REWARDS)}, or give file.py:function")
+    """Load a reward by its name in REWARDS, or file.py:function. Raises InputError."""
+    if name in REWARDS:
         return REWARDS[name]
-    with explain(f"reward_function {name} can't be loaded"):
-        score = runpy.run_path(file)[function]
+    if not name.rpartition(":")[0].endswith(".py"):
+        raise InputError(f"reward_function={name!r}: choose one of {', '.join(REWARDS)}, or give "
+                         "file.py:function")
+    function = common.load_function("reward_function", name)
 
-    def checked(images, prompts, metadata):
-        with explain(f"reward_function {name} failed on {len(prompts)} pictures, the first for {prompts[0]!r}"):
-            return score(images, prompts, metadata)
+    def reward(images, prompts, metadata):
+        first = f"{len(prompts)} images, the first for {prompts[0]!r}"
+        with explain(f"reward_function {name} failed on {first}"):
+            return function(images, prompts, metadata)
 
-    return checked
+    return reward
 
 
+# ----------------------------------------------------------------------------- the script
 def load_image_prompts(name):
-    """-> a list of (prompt, its row). Raises InputError."""
-    rows = load_rows(name)
+    """Load prompts as a list of (prompt, its row). Raises InputError."""
+    rows = common.load_rows(name)
     column = next((c for c in ("prompt", "text", "query") if c in rows.column_names), None)
     if column is None:
-        raise InputError(f"prompts {name} has the columns {rows.column_names} and none of prompt, text, query: rename the one that "
-                         "holds the prompts")
+        raise InputError(f"prompts={name}: its columns are {rows.column_names}, and none is "
+                         "prompt, text or query; rename the one that holds the prompts")
     for number, row in enumerate(rows):
         if not isinstance(row[column], str) or not row[column].strip():
-            raise InputError(f"prompts {name}, row {number}: {column} is empty or no text; remove the row")
+            raise InputError(f"prompts={name} (row {number}): {column} is empty or not a text; "
+                             "remove the row")
     return [(row[column], row) for row in rows]
 
 
+def to_pil(images):
+    """Convert images [B, 3, H, W] in [0, 1] to PIL images."""
+    pixels = (images.float().clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
 def save_grid(images, path, columns=8):
-    """Pictures [N, 3, H, W] in 0..1 -> one PNG, `columns` side by side, small ones enlarged."""
-    pictures = to_pil(images)
-    side = max(pictures[0].width, 96)
-    grid = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side), "white")
-    for i, picture in enumerate(pictures):
-        grid.paste(picture.resize((side, side), Image.NEAREST), (i % columns * side, i // columns * side))
+    """Write images [B, 3, H, W] in [0, 1] as one PNG, `columns` per row, small ones enlarged."""
+    images = to_pil(images)
+    side = max(images[0].width, 96)
+    height = math.ceil(len(images) / columns) * side
+    grid = Image.new("RGB", (columns * side, height), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        grid.paste(image.resize((side, side), Image.NEAREST), (column * side, row * side))
     grid.save(path)
 
 
-def log_images(pairs, global_step, tracker):
-    """The script's hook: an epoch's last pictures go to the tracker."""
+def log_images(prompt_image_pairs, global_step, tracker):
+    """Send the images of an epoch's last batch to the tracker."""
     if tracker is not None:
-        images = pairs[-1][0].float().cpu()
-        tracker.log_images({"samples": images.numpy() if tracker.name == "tensorboard" else to_pil(images)}, step=global_step)
+        images = prompt_image_pairs[-1][0].float().cpu()
+        images = images.numpy() if tracker.name == "tensorboard" else to_pil(images)
+        tracker.log_images({"samples": images}, step=global_step)
+
+
+def show_samples(trainer, rows, title):
+    """Sample and score images, always for the same prompts from the same noise. Call on one rank.
+
+    Writes <title>.png and samples.jsonl, and prints the mean reward. Of a later call: the mean
+    change since the first per image, and its standard error."""
+    config, out = trainer.config, Path(trainer.config.output_dir)
+    generator = torch.Generator(trainer.accelerator.device).manual_seed(config.seed)
+    chosen = [rows[i % len(rows)] for i in range(config.num_samples)]
+    batches = []
+    for start in range(0, len(chosen), config.sample_batch_size):
+        prompts, metadata = zip(*chosen[start:start + config.sample_batch_size], strict=True)
+        output, _ = trainer.sample_images(prompts, generator)
+        batches.append([output.images, prompts, metadata])
+    rewards = trainer.compute_rewards(batches).numpy()
+    save_grid(torch.cat([images for images, *_ in batches]), out / f"{title}.png")
+
+    with (out / "samples.jsonl").open("a+") as file:
+        file.seek(0)
+        samples = [json.loads(line) for line in file]
+        for (prompt, _), reward in zip(chosen, rewards.tolist(), strict=True):
+            sample = {"epoch": trainer.epoch, "prompt": prompt, "reward": reward}
+            file.write(json.dumps(sample) + "\n")
+    first = [sample["reward"] for sample in samples if sample["epoch"] == 0]
+    text = f"{title} training: reward {rewards.mean():.3f} ± {rewards.std():.3f} in {len(rewards)}"
+    text += f" images ({out / title}.png)"
+    if len(first) == len(rewards) > 1:
+        change = rewards - first
+        error = change.std(ddof=1) / math.sqrt(len(change))
+        text += f"; change per image {change.mean():+.3f} ± {error:.3f}"
+    tqdm.write(text)
 
 
 def main(config: ScriptConfig):
-    """Train a text-to-image model with DDPO against a reward of its pictures. Returns the last epoch's statistics."""
+    """Train a text-to-image model with DDPO against a reward of its images.
+
+    Returns the last epoch's statistics."""
     out = Path(config.output_dir or Path("runs") / (config.run_name or config.exp_name))
     config.output_dir = str(out)
     if config.resume_from:
-        config.resume_from = str(newest_checkpoint(config.resume_from))
-    writable_folder(out, fresh=not config.resume_from)
+        config.resume_from = str(common.newest_checkpoint(config.resume_from))
+    common.writable_folder(out, fresh=not config.resume_from)
     disable_progress_bar()
-    set_seed(config.seed)  # a fresh adapter is drawn alike on all ranks
-    pipeline = DefaultDDPOStableDiffusionPipeline(config.model_name or TOY / "pipeline", use_lora=config.use_lora,
-                                                  lora_r=config.lora_r, lora_alpha=config.lora_alpha,
-                                                  lora_weights=config.lora_weights)
-    if sum(p.numel() for p in pipeline.unet.parameters()) < 10**6:
-        torch.set_num_threads(1)  # handing out such small products to threads takes longer than they do
-        config.train_times_per_pass = config.train_times_per_pass or 16
-    rows, reward = load_image_prompts(config.prompts or TOY / "shapes.txt"), load_image_reward(config.reward_function)
+    rows = load_image_prompts(config.prompts or TOY / "shapes.txt")
+    reward = load_image_reward(config.reward_function)
+    set_seed(config.seed)  # a fresh adapter is the same on all ranks
+    pipeline = DefaultDDPOStableDiffusionPipeline(
+        config.model_name or TOY / "pipeline", use_lora=config.use_lora, lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha, lora_weights=config.lora_weights)
+    common.use_few_threads(pipeline.unet)
 
-    def next_prompt():
-        """Drawn by seed, rank and its number alone: a resumed run asks for the same prompts."""
-        number = next(asked) // config.pictures_per_prompt
-        return random.Random(f"{config.seed} {trainer.accelerator.process_index} {number}").choice(rows)
+    def draw_prompt():
+        """Draw by seed, rank and number alone: a resumed run continues with the same prompts."""
+        number = next(numbers) // config.pictures_per_prompt
+        key = f"{config.seed} {trainer.accelerator.process_index} {number}"
+        return random.Random(key).choice(rows)
 
-    trainer = DDPOTrainer(config, reward, next_prompt, pipeline, log_images)
-    asked = itertools.count(trainer.epoch * config.sample_batch_size * config.sample_num_batches_per_epoch)
+    trainer = DDPOTrainer(config, reward, draw_prompt, pipeline, log_images)
+    images_per_epoch = config.sample_batch_size * config.sample_num_batches_per_epoch
+    numbers = itertools.count(trainer.epoch * images_per_epoch)
 
-    def show_samples(title, epoch):
-        """Draws, scores and keeps pictures for the first prompts, always from the same random numbers."""
-        generator = torch.Generator(trainer.accelerator.device).manual_seed(config.seed)
-        chosen = [rows[i % len(rows)] for i in range(config.num_samples)]
-        pairs = []
-        for i in range(0, len(chosen), config.sample_batch_size):
-            prompts, metadata = zip(*chosen[i:i + config.sample_batch_size])
-            pairs.append([trainer.draw(prompts, generator)[0].images, prompts, metadata])
-        scores = trainer.compute_rewards(pairs)
-        save_grid(torch.cat([images for images, *_ in pairs]), out / f"{title}.png")
-        with out.joinpath("samples.jsonl").open("a") as file:
-            for (prompt, _), score in zip(chosen, scores.tolist()):
-                file.write(json.dumps({"epoch": epoch, "prompt": prompt, "reward": score}) + "\n")
-        tqdm.write(f"{title} training: reward {scores.mean():.3f} ± {scores.std(correction=0):.3f} in {len(scores)} pictures, "
-                   f"{out / title}.png")
-
-    show = trainer.accelerator.is_main_process and config.num_samples > 0
-    if show and not config.resume_from:
-        show_samples("before", 0)
+    has_samples = trainer.accelerator.is_main_process and config.num_samples > 0
+    if has_samples and not config.resume_from:
+        show_samples(trainer, rows, "before")
     trainer.train()
-    if show:
-        show_samples("after", trainer.epoch)
+    if has_samples:
+        show_samples(trainer, rows, "after")
     trainer.save_pretrained(str(out))
     trainer.accelerator.end_training()
     return trainer.stats
 
 
 if __name__ == "__main__":
-    run(main, ScriptConfig)
+    common.run(main, ScriptConfig)

@@ -53,8 +53,7 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
@@ -263,7 +262,9 @@ def kl_penalty(logprobs, ref_logprobs, kind):
         return difference.abs()
     if kind == "mse":
         return 0.5 * difference.square()          # slightly biased, never negative
-    return (logprobs.exp() * difference).sum(-1)  # exact: sum over the vocabulary
+    if kind == "full":
+        return (logprobs.exp() * difference).sum(-1)  # exact: sum over the vocabulary
+    raise InputError(f"kl_penalty={kind!r}: choose kl, abs, mse or full")
 
 
 def gae(values, rewards, mask, gamma, lam):
@@ -352,9 +353,9 @@ class PPOTrainer(LoopTrainer):
         finite, before it reaches a weight."""
         config = self.config
         clock = Stopwatch()
-        queries, responses, scores, response_masks = self.check_step(
+        queries, responses, raw_scores, response_masks = self.check_step(
             queries, responses, scores, response_masks)
-        raw_scores, scores = scores, self.scale_scores(scores)
+        scores = self.scale_scores(raw_scores)
 
         # 1. The old policy and the reference: log-probabilities and values, [B, L] each
         old_logprobs, ref_logprobs, values, masks, penalties = self.score_responses(
@@ -362,19 +363,21 @@ class PPOTrainer(LoopTrainer):
         clock.lap("forward_pass")
 
         # 2. Token rewards: the KL penalty on every token, the score on the last one
-        rewards, non_score_rewards, penalties = self.compute_rewards(
+        rewards, non_score_rewards, _ = self.compute_rewards(
             scores, old_logprobs, ref_logprobs, masks, penalties)
         clock.lap("compute_rewards")
 
         # 3. Advantages and returns
         values, advantages, returns = self.compute_advantages(values, rewards, masks)
         clock.lap("compute_advantages")
+        self.push_if_best(raw_scores)  # they are the scores of the policy before this update
 
         # 4. Epochs of minibatches: forward, loss, backward; then an optimizer step
         batch = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": values,
                  "advantages": advantages, "returns": returns}
         train_stats = []
         self.model.train()
+        self.stepper.zero_grad(set_to_none=False)  # of an update that an error has ended
         for epoch, rows in self.shuffled_rows(len(queries)):
             # the loss is the mean over the tokens of this optimizer step, on all ranks
             step_tokens = self.sum_over_ranks(masks[rows].sum())
@@ -384,19 +387,19 @@ class PPOTrainer(LoopTrainer):
                 with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                     logprobs, logits, vpreds, mask = self.forward(
                         self.model, *select(mb, queries, responses, response_masks))
+                    # this minibatch, up to its longest response
                     minibatch = {name: x[mb, :mask.shape[1]] for name, x in batch.items()}
                     loss_p, loss_v, stats = self.loss(
                         **minibatch, logprobs=logprobs, logits=logits, vpreds=vpreds, mask=mask)
-                    self.check_loss(loss_p + loss_v, stats)
                     # accelerate averages gradients over the ranks: hence times their number
                     weight = mask.sum() * config.world_size / step_tokens
                     self.accelerator.backward((loss_p + loss_v) * weight)
                 del logits  # the largest tensor: free it before the next forward pass
                 train_stats.append({**stats, "mask": mask, "epoch": epoch})
-            too_far = self.has_moved_too_far(train_stats)
-            self.optimizer_step(train_stats[-len(minibatches):], cancel=too_far)
-            if too_far:
-                break
+            has_moved_too_far = self.has_moved_too_far(train_stats)
+            self.optimizer_step(train_stats[-len(minibatches):], skip=has_moved_too_far)
+            if has_moved_too_far:
+                break  # no further epoch either
         clock.lap("optimize_step")
 
         # 5. Statistics over all ranks, and the KL controller
@@ -407,7 +410,7 @@ class PPOTrainer(LoopTrainer):
             train_stats=train_stats)
         clock.lap("calc_stats")
         self.kl_ctl.update(stats["objective/kl"].item(), len(queries) * config.world_size)
-        self.finish_step(stats)
+        self.finish_step()
         return {**stats, **clock.times()}
 
     def score_responses(self, queries, responses, response_masks=None):
@@ -443,10 +446,12 @@ class PPOTrainer(LoopTrainer):
         response token (of an encoder-decoder: the first after the start token)."""
         inputs = self.prepare_model_inputs(queries, responses)
         if self.config.is_encoder_decoder:
-            ids, first = inputs["decoder_input_ids"], 1                                # [B, T]
+            ids = inputs["decoder_input_ids"]                                          # [B, T]
+            first = 1  # the decoder's start token is not part of the response
             starts = [0 for _ in queries]
         else:
-            ids, first = inputs["input_ids"], 0
+            ids = inputs["input_ids"]                                                  # [B, T]
+            first = 0
             starts = [len(query) - 1 for query in queries]
         lengths = [len(response) - first for response in responses]
         # column t predicts token t + 1: the prompt's last token predicts the first of the response
@@ -467,7 +472,8 @@ class PPOTrainer(LoopTrainer):
         if response_masks is None:
             mask = to_rows(torch.ones_like(labels))
         else:
-            mask = pad_sequence([m[first:].long() for m in response_masks], batch_first=True)
+            masks = [(response_mask[first:] != 0).long() for response_mask in response_masks]
+            mask = pad_sequence(masks, batch_first=True)
         logits = to_rows(logits) if return_logits else None
         return to_rows(logprobs) * mask, logits, to_rows(values) * mask, mask
 
@@ -491,18 +497,20 @@ class PPOTrainer(LoopTrainer):
 
         Another advantage estimator goes here: the rows are in the order of `step`'s lists."""
         if self.config.whiten_rewards:
-            rewards = masked_whiten(rewards, mask, False, self.sum_over_ranks)
+            rewards = masked_whiten(
+                rewards, mask, shift_mean=False, sum_over_ranks=self.sum_over_ranks)
         values, rewards = values * mask, rewards * mask
         advantages, returns = gae(values, rewards, mask, self.config.gamma, self.config.lam)
-        advantages = masked_whiten(advantages, mask, True, self.sum_over_ranks) * mask
-        return values, advantages, returns
+        advantages = masked_whiten(advantages, mask, sum_over_ranks=self.sum_over_ranks)
+        return values, advantages * mask, returns
 
     def loss(self, old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns,
              ref_logprobs=None):
         """Compute the policy loss, vf_coef x value loss, and statistics of a minibatch.
 
         All [B, L], but logits [B, L, vocabulary]. ref_logprobs is for a KL term in the loss.
-        If the mean ratio over all ranks is above ratio_threshold, both losses are 0."""
+        If the mean ratio over all ranks is above ratio_threshold, both losses are 0, and
+        `optimizer_step` skips the step. Raises InputError for a loss that is not finite."""
         config = self.config
         pg_loss, ratio, pg_clipped = policy_loss(
             logprobs, old_logprobs, advantages, mask, config.cliprange)
@@ -512,7 +520,8 @@ class PPOTrainer(LoopTrainer):
             log_ratio = logprobs - old_logprobs
             per_token = {
                 "policy/entropy": entropy_from_logits(logits),
-                "policy/approxkl": 0.5 * log_ratio**2,       # three estimates of KL(pi_old || pi)
+                # three estimates of KL(pi_old || pi)
+                "policy/approxkl": 0.5 * log_ratio**2,       # biased, never negative
                 "policy/policykl": -log_ratio,               # unbiased, may be negative
                 "policy/kl_k3": ratio - 1 - log_ratio,       # unbiased, never negative
                 "policy/clipfrac": pg_clipped,
@@ -528,6 +537,8 @@ class PPOTrainer(LoopTrainer):
             skipped = self.is_ratio_too_large(ratio, mask)
         if skipped:  # a loss that still reaches every weight, so that all ranks run backward
             pg_loss = vf_loss = 0.0 * (logprobs.sum() + vpreds.sum())
+        else:
+            common.check_finite(pg_loss + vf_loss, self.current_step, "PPO updates")
         stats.update({
             "returns/var": masked_var(returns, mask), "val/var": masked_var(values, mask),
             "loss/policy": pg_loss, "loss/value": vf_loss,
@@ -543,10 +554,20 @@ class PPOTrainer(LoopTrainer):
             for rows in split(np.random.permutation(n), self.config.backward_batch_size):
                 yield epoch, rows
 
-    def has_moved_too_far(self, train_stats):
-        """Check early_stopping: is the mean KL(pi_old || pi) of this epoch above 1.5 x target_kl?
+    def is_ratio_too_large(self, ratio, mask):
+        """Check whether the mean ratio of this minibatch on all ranks is above ratio_threshold."""
+        total, n = self.sum_over_ranks(torch.stack([(ratio * mask).sum(), mask.sum().float()]))
+        is_too_large = bool(total / n > self.config.ratio_threshold)
+        if is_too_large:
+            warnings.warn(f"ratio_threshold={self.config.ratio_threshold}: a minibatch's mean "
+                          f"ratio is {total / n:.2f}; its optimizer step is skipped",
+                          stacklevel=2)
+        return is_too_large
 
-        The mean is over the tokens of the epoch's minibatches so far, on all ranks."""
+    def has_moved_too_far(self, train_stats):
+        """Check for early_stopping whether this epoch's mean KL(pi_old || pi) is too large.
+
+        The limit is 1.5 x target_kl; the mean is over the tokens so far, on all ranks."""
         if not self.config.early_stopping:
             return False
         epoch_stats = [stats for stats in train_stats if stats["epoch"] == train_stats[-1]["epoch"]]
@@ -555,11 +576,12 @@ class PPOTrainer(LoopTrainer):
         kl, tokens = self.sum_over_ranks(torch.stack([(kl * tokens).sum(), tokens.sum().float()]))
         return bool(kl / tokens > 1.5 * self.config.target_kl)
 
-    def optimizer_step(self, minibatch_stats, cancel=False):
-        """Clip the gradient of these minibatches and step; drop it if one of them was skipped."""
-        if not cancel and not any(stats["policy/skipped"] for stats in minibatch_stats):
-            if self.config.max_grad_norm is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+    def optimizer_step(self, minibatch_stats, skip=False):
+        """Clip the gradient of these minibatches and step, or skip; then set it to zero."""
+        skip = skip or any(stats["policy/skipped"] for stats in minibatch_stats)
+        if not skip and self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if not skip:
             self.stepper.step()
         self.stepper.zero_grad(set_to_none=False)
 
@@ -621,12 +643,8 @@ class PPOTrainer(LoopTrainer):
     def make_accelerator(self, model):
         """Make the accelerator, and fill in the fields of config that depend on it or the model."""
         config = self.config
-        project = ProjectConfiguration(**{
-            "project_dir": config.output_dir, **config.project_kwargs})
-        with common.explain(f"accelerator_kwargs={config.accelerator_kwargs}"):
-            self.accelerator = Accelerator(**{
-                "log_with": config.log_with, "project_config": project,
-                "step_scheduler_with_optimizer": False, **config.accelerator_kwargs})
+        self.start_accelerator({"project_dir": config.output_dir},
+                               step_scheduler_with_optimizer=False)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError("distributed_type=DEEPSPEED (accelerate's configuration): PPO does "
                              "not run under DeepSpeed; shard the model with FSDP 2 (docs/ppo.md)")
@@ -703,6 +721,8 @@ class PPOTrainer(LoopTrainer):
         lists = {"queries": queries, "responses": responses, "scores": scores}
         if response_masks is not None:
             lists["response_masks"] = response_masks
+        if len(queries) == 0:
+            raise InputError("queries is empty: give at least one query")
         for name, rows in lists.items():
             if not isinstance(rows, (list, tuple)) or len(rows) != len(queries):
                 size = f" of {len(rows)}" if hasattr(rows, "__len__") else ""
@@ -753,35 +773,14 @@ class PPOTrainer(LoopTrainer):
         """Return the model's inputs, padded on the right: input_ids and attention_mask [B, T].
 
         Of an encoder-decoder these are the query's, and decoder_* the response's."""
-        def pad(rows):
-            ones = [torch.ones_like(row) for row in rows]
-            padding = self.tokenizer.pad_token_id or 0
-            return pad_sequence(rows, True, padding), pad_sequence(ones, True, 0)
+        def pad(rows, prefix=""):
+            ids = pad_sequence(rows, True, self.tokenizer.pad_token_id or 0)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0)
+            return {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
 
-        if not self.config.is_encoder_decoder:
-            pairs = zip(queries, responses, strict=True)
-            input_ids, attention_mask = pad([torch.cat(pair) for pair in pairs])
-            return {"input_ids": input_ids, "attention_mask": attention_mask}
-        input_ids, attention_mask = pad(queries)
-        decoder_input_ids, decoder_attention_mask = pad(responses)
-        return {"input_ids": input_ids, "attention_mask": attention_mask,
-                "decoder_input_ids": decoder_input_ids,
-                "decoder_attention_mask": decoder_attention_mask}
-
-    def check_loss(self, loss, stats):
-        """Raise InputError for a loss that is not finite, unless its optimizer step is skipped."""
-        if not stats["policy/skipped"]:
-            common.check_finite(loss, self.current_step, "PPO updates")
-
-    def is_ratio_too_large(self, ratio, mask):
-        """Check whether the mean ratio of this minibatch on all ranks is above ratio_threshold."""
-        total, n = self.sum_over_ranks(torch.stack([(ratio * mask).sum(), mask.sum().float()]))
-        too_large = bool(total / n > self.config.ratio_threshold)
-        if too_large:
-            warnings.warn(f"ratio_threshold={self.config.ratio_threshold}: a minibatch's mean "
-                          f"ratio is {total / n:.2f}; its optimizer step is skipped",
-                          stacklevel=2)
-        return too_large
+        if self.config.is_encoder_decoder:
+            return {**pad(queries), **pad(responses, "decoder_")}
+        return pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
 
     # ------------------------------------------------------------------ TRL 0.7's entry points
     def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False,
@@ -797,24 +796,29 @@ class PPOTrainer(LoopTrainer):
         """Take one optimizer step on a minibatch. Returns its statistics. See `loss`."""
         loss_p, loss_v, stats = self.loss(
             old_logprobs, values, logits, vpreds, logprobs, mask, advantages, returns, ref_logprobs)
-        self.check_loss(loss_p + loss_v, stats)
         self.accelerator.backward(loss_p + loss_v)
-        too_far = self.has_moved_too_far([{**stats, "mask": mask, "epoch": 0}])
-        self.optimizer_step([stats], cancel=too_far)
+        has_moved_too_far = self.has_moved_too_far([{**stats, "mask": mask, "epoch": 0}])
+        self.optimizer_step([stats], skip=has_moved_too_far)
         return stats
 
-    def finish_step(self, stats):
-        """Step the scheduler, push a new best policy, empty the device cache."""
+    def push_if_best(self, scores):
+        """Push the policy to the hub, every compare_steps updates, if its mean score is the best.
+
+        scores [B]: those of the responses that the policy has just given."""
         config = self.config
+        if not config.push_to_hub_if_best_kwargs or (self.current_step + 1) % config.compare_steps:
+            return
+        score = self.sum_over_ranks(scores.sum()).item() / (len(scores) * config.world_size)
+        if score > self.highest_reward:
+            self.highest_reward = score
+            self.push_to_hub(**config.push_to_hub_if_best_kwargs)
+
+    def finish_step(self):
+        """Step the scheduler, count the update, empty the device cache."""
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.current_step += 1
-        score = stats["objective/scores"].item()
-        if config.push_to_hub_if_best_kwargs and self.current_step % config.compare_steps == 0:
-            if score > self.highest_reward:
-                self.highest_reward = score
-                self.push_to_hub(**config.push_to_hub_if_best_kwargs)
-        if config.optimize_device_cache:
+        if self.config.optimize_device_cache:
             clear_device_cache(garbage_collection=True)
 
     # ------------------------------------------------------------------ statistics
@@ -976,16 +980,6 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
     def save_checkpoint(self, folder):
         """Write folder/checkpoint-<updates> and remove the one before. Call on every rank."""
         super().save_checkpoint(folder, self.current_step)
-
-    def load_checkpoint(self, path):
-        """Restore weights, optimizer, KL controller and random state of a checkpoint.
-
-        The learning rate stays the config's, unless a scheduler sets it."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.accelerator.load_state(str(path))
-        if self.lr_scheduler is None:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
 
 
 class RunningMoments:

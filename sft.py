@@ -1,40 +1,49 @@
-"""Supervised fine-tuning: a language model learns to write what it is shown.
+"""Supervised fine-tuning of a language model (SFT).
 
-The loss is the cross-entropy of each token y_t given those before it, over the tokens that are to be learnt (m_t = 1):
+Papers: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", the
+loss; Ouyang et al. 2022, "Training Language Models to Follow Instructions with Human Feedback"
+(arXiv:2203.02155), whose first step this is; Jain et al. 2023, "NEFTune" (arXiv:2310.05914).
+
+The model predicts each token y_t from the tokens before it. The loss is the mean negative
+log-likelihood, in nats per token, over the tokens in the loss, whose mask m_t is 1:
 
     L = - sum_t m_t log p(y_t | y_<t) / sum_t m_t
 
-which is the maximum-likelihood estimate, in nats per token. Which tokens are learnt: all of a text and its end; of
-prompt and completion, the completion; of a chat, every turn or (`assistant_only_loss`) those of the assistant.
+    a row                         its tokens in the loss
+    a text                        all, and the end token
+    a prompt and its completion   the completion, and the end token
+    a chat                        all turns; with `assistant_only_loss` the assistant's turns
 
-Papers: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training"; Ouyang et al. 2022, "Training
-language models to follow instructions with human feedback" (arXiv:2203.02155), whose first step this is; Jain et al. 2023,
-"NEFTune" (arXiv:2310.05914), for `neftune_noise_alpha`.
+With `--neftune-noise-alpha`, Trainer adds noise to the embeddings of each row, in training only
+(T tokens, D dimensions; Jain et al. 2023, algorithm 1):
 
-Departures from TRL 0.7.10, whose names, arguments and numbers these are:
-  1. Every text that was not cut ends in the end-of-sequence token, once, and learns it: padding is told from the
-     attention mask, never from the token's number.
-  2. Packed documents do not see each other, and each counts its positions from 0: the loss is that of separate rows.
-     What is left at the end of a buffer goes on into the next; the order is drawn from the run's own seed.
-  3. The mean is over the tokens of the whole optimizer step, however they fall into micro-batches and ranks, and over all
-     tokens of an evaluation set.
-  4. Rows may be text, prompt and completion, chats or token numbers, materialised or streamed.
-  5. A row without a token to learn is dropped and counted; none left is an error.
-  6. Logits are computed only where a token is learnt.
+    embeddings + U(-1, 1) alpha / sqrt(T D)
 
-    torchrun sft.py                                        one process
+Start reading at `SFTTrainer.compute_loss`, five numbered steps. transformers.Trainer calls it for
+each micro-batch, adds up the gradients, clips them and steps AdamW. Part 1 is the algorithm, Part 2
+the machinery around it.
+
+The API, defaults and metrics follow TRL 0.7.10. Differences:
+  1. A text that is not truncated ends with one end token, and the end token is in the loss.
+     Padding is known from a row's length, never from the token id.
+  2. Packed documents do not see each other. The positions of each count from 0. The loss is thus
+     that of separate rows. A model that cannot keep documents apart is refused. A buffer's last
+     tokens, less than a row, begin the next buffer's first row. The run's seed draws the order.
+  3. The mean is over the tokens of the whole optimizer step, however they are split into
+     micro-batches and ranks. `eval_loss` is the mean over all tokens of the evaluation set.
+  4. Rows are texts, prompts with completions, chats or token ids, in memory or streamed.
+  5. Rows without a token in the loss are dropped and counted. It is an error if no row is left.
+  6. Logits are computed only for the tokens in the loss.
+
+    torchrun sft.py                                        one process, the toy model
     torchrun --nproc_per_node 8 sft.py --model-name my/model --dataset texts.jsonl --packing --bf16
-
-With nothing but the first command a model that has never read a word learns to write film reviews, as well as anyone
-could: see docs/sft.md.
 """
 import copy
-import json
-import math
 import random
-from bisect import bisect_left, bisect_right
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal, Optional
@@ -42,662 +51,926 @@ from typing import Literal, Optional
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
-from common import (TOY, InputError, Journal, check_finite, explain, last_evaluation, load_language_model, load_rows,
-                    load_tokenizer, label_logprobs, logprobs_from_logits, lora_config, only_logits_of, prepare_process, run, set_seed,
-                    trainer_checkpoint, with_adapter, with_padding, writable_folder, write_model_card)
+import common
+from common import TOY, InputError, check_finite, check_ranges, explain, is_chat, only_logits_of
 
-IGNORE = -100  # the label of a token that is not learnt
+IGNORE = -100  # the label of a token that is not in the loss
+RATE_OF_TOY_MODEL = 4e-3  # learning rate of a model with 100,000 parameters
+SLICE = 256  # tokens whose cross-entropy is computed at a time
 
 
-# ------------------------------------------------------------------------------------------------ configuration
+# =============================================================================
+# Part 1, the algorithm: configuration, mathematics, the update
+# =============================================================================
+
+# ----------------------------------------------------------------------------- configuration
 @dataclass
 class SFTConfig(TrainingArguments):
-    """The script's flags: those of transformers.TrainingArguments, whose documentation holds, and these. The first are
-    Trainer's own with other defaults."""
+    """Extend transformers.TrainingArguments: some defaults differ, and the script has its own."""
 
     output_dir: Optional[str] = "runs/sft"
-    """Where the run's files go."""
+    """Output folder."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of weights), which is 4e-3 for the toy model and 1.5e-5 for
-    one of 7 billion."""
+    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of parameters)."""
     per_device_train_batch_size: int = 32
-    """Rows of one forward and backward pass, per process."""
+    """Rows per forward and backward pass, per process."""
     per_device_eval_batch_size: int = 64
-    """Rows of one evaluation pass, per process."""
+    """Rows per evaluation pass, per process."""
     num_train_epochs: float = 8
     """Passes over the data."""
     lr_scheduler_type: str = "cosine"
-    """How the learning rate falls."""
+    """Schedule of the learning rate."""
     logging_steps: float = 20
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_strategy: str = "epoch"
-    """When to evaluate (no, steps, epoch), where there is an evaluation set."""
+    """When to evaluate: no, steps or epoch. Without an evaluation set: no."""
     report_to: Optional[str] = "none"
-    """Trackers: tensorboard, wandb, ..., beside metrics.jsonl."""
+    """Trackers in addition to metrics.jsonl: tensorboard, wandb, ..."""
 
     # the script's own
     model_name: Optional[str] = None
-    """A hub name or a folder (a model, or a LoRA adapter). None: a toy model that has learnt nothing yet."""
+    """Hub name or folder of a model or a LoRA adapter. None: a toy model, not yet trained."""
     dataset: Optional[str] = None
-    """A .jsonl/.json/.csv/.parquet/.txt file, a folder or a hub name, with a column text, messages (chat) or input_ids, or
-    two of them, prompt and completion. None: the toy reviews."""
+    """Rows to train on: a file, a folder or a hub name. None: the toy reviews."""
     eval_dataset: Optional[str] = None
-    """The same, held out. None: the toy's test reviews with the toy's data, else no evaluation."""
+    """Rows to evaluate on. None: the toy's test reviews for the toy reviews, else none."""
     dataset_text_field: Optional[str] = None
-    """The column that holds the text, where it has another name."""
+    """Column that holds the text or chat. None: messages or text."""
     max_seq_length: Optional[int] = None
-    """Rows are cut to their first tokens, so many. None: what the tokenizer and the model take, at most 1024."""
+    """Truncate rows to this many tokens. None: what tokenizer and model take, at most 1024."""
     packing: bool = False
-    """Fill every row with several texts: no padding."""
+    """Fill each row with several texts, without padding."""
+    keep_tail: bool = True
+    """With packing: keep the last row, which may be shorter."""
     dataset_num_proc: Optional[int] = None
-    """Processes that tokenise."""
+    """Processes that tokenize (without packing)."""
     assistant_only_loss: bool = False
-    """Of chats, learn only what the assistant says."""
+    """In chats only the assistant's turns are in the loss."""
     response_template: Optional[str] = None
-    """Text before each answer: only what follows its last occurrence is learnt."""
+    """Text before the completion: only what follows its last occurrence is in the loss."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights. Weights that are trained want float32 (with --bf16); LoRA's base model may be bfloat16."""
+    """Type of the parameters; bfloat16 only for LoRA's base model."""
     lora_r: int = 0
-    """Rank of a fresh LoRA adapter on all linear layers. 0: train all weights."""
+    """Rank of a fresh LoRA adapter on all linear layers. 0: train all parameters."""
     lora_alpha: int = 16
-    """LoRA's scale is lora_alpha / lora_r."""
+    """LoRA scale is lora_alpha / lora_r."""
 
     def __post_init__(self):
-        if self.learning_rate is not None:
+        if self.learning_rate is not None:  # a JSON or YAML file may hold "2e-4", a text
             self.learning_rate = float(self.learning_rate)
+        check_ranges(self, {
+            "(0, inf)": ("per_device_train_batch_size", "per_device_eval_batch_size",
+                         "num_train_epochs", "gradient_accumulation_steps", "logging_steps",
+                         "dataset_num_proc", "lora_alpha"),
+            "[0, inf)": ("learning_rate", "weight_decay", "max_grad_norm", "lora_r"),
+            "(1, inf)": ("max_seq_length",),
+            "[0, 1)": ("label_smoothing_factor",),
+        })
+        if self.torch_dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise InputError(f"torch_dtype={self.torch_dtype!r}: choose auto, float32, bfloat16 or "
+                             "float16")
+        if self.response_template and self.assistant_only_loss:
+            raise InputError(f"response_template={self.response_template!r}: assistant_only_loss "
+                             "chooses the tokens in the loss too; give one of them")
         super().__post_init__()
 
 
-# ------------------------------------------------------------------------------------------------ data: rows -> tokens
-def formatter(formatting_func, rows):
-    """A user's function that writes texts -> a function of a batch {column: list} that returns a list of strings.
-
-    It may take one row and return its text, or a batch and return a list; tried on `rows`, the first two."""
-    rows = (list(rows) * 2)[:2]
-    if not rows:
-        return None
-    batch = {name: [row[name] for row in rows] for name in rows[0]}
-    try:
-        texts = formatting_func(batch)
-    except Exception:  # written for one row
-        texts = None
-    if isinstance(texts, list) and len(texts) == 2:
-        return formatting_func
-
-    def one(row):
-        with explain(f"formatting_func failed on the row {row}"):
-            text = formatting_func(row)
-        text = text[0] if isinstance(text, list) and len(text) == 1 else text
-        if not isinstance(text, str):
-            raise InputError(f"formatting_func returned {type(text).__name__} for one row and no list of 2 for 2 rows: return "
-                             "the text of a row, or a list with one text for each row of a batch")
-        return text
-
-    return lambda batch: [one(dict(zip(batch, values))) for values in zip(*batch.values())]
+# ----------------------------------------------------------------------------- mathematics
+# Letters in shapes: B rows, T tokens of the longest row, N tokens in the loss, V entries of the
+# vocabulary.
+def next_tokens(labels):
+    """Shift labels [B, T] by one: each position's target is the next label, the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def is_chat(value):
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def cross_entropy(logits, targets, label_smoothing=0.0):
+    """Compute -log p(target) [N] in float32 (nats) from logits [N, V] and targets [N].
+
+    label_smoothing: this fraction of the target's probability is spread over the vocabulary
+    (Szegedy et al. 2015)."""
+    # in slices: float32 copies of all logits would be the peak of memory
+    slices = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
+    return torch.cat([
+        F.cross_entropy(z.float(), y, reduction="none", label_smoothing=label_smoothing)
+        for z, y in slices])
 
 
-def chat_tokens(tokenizer, messages, assistant_only):
-    """Messages through the tokenizer's template -> token numbers, labels. The template writes its own special tokens."""
-    def ids(turns, **kwargs):
-        return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **kwargs)
+# ----------------------------------------------------------------------------- the update
+class SFTTrainer(Trainer):
+    """Minimize the loss above with transformers.Trainer.
 
-    whole = ids(messages)
-    labels = [IGNORE] * len(whole) if assistant_only else list(whole)
+        trainer = SFTTrainer(model, SFTConfig(output_dir="out"), train_dataset=rows,
+                             tokenizer=tokenizer)
+        trainer.train()
+
+    For each optimizer step Trainer calls get_batch_samples, then compute_loss for each micro-batch.
+    """
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Take the micro-batches of one optimizer step, and count its tokens in the loss."""
+        batches = list(islice(epoch_iterator, num_batches))
+        tokens = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            tokens += (self.targets_of(batch["labels"]) != IGNORE).sum().to(device)
+        if self.args.average_tokens_across_devices:
+            tokens = self.accelerator.reduce(tokens, "sum")
+        return batches, tokens
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss of one micro-batch of rows that are padded on the right.
+
+        inputs: input_ids, attention_mask (packed rows: position_ids instead) and labels, [B, T]
+            each; an encoder-decoder's labels [B, T']. A label is the token id, or IGNORE where the
+            token is not in the loss.
+        num_items_in_batch: tokens in the loss of the whole optimizer step, on all ranks. None:
+            those of this micro-batch.
+        return_outputs: also return the model's outputs, with all logits [B, T, V].
+        Raises InputError if the loss is not finite."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        language_model = self.accelerator.unwrap_model(model)
+
+        # 1. Targets [B, T]: each position predicts the next token
+        targets = self.targets_of(labels)
+        loss_mask = targets != IGNORE                                # m_{t+1} at position t
+        if self.seq2seq:  # the decoder reads the labels, shifted to the right
+            inputs["decoder_input_ids"] = (
+                language_model.prepare_decoder_input_ids_from_labels(labels))
+
+        # 2. Forward pass: logits [N, V] of the N positions in the loss
+        with nullcontext() if return_outputs else only_logits_of(language_model, loss_mask):
+            outputs = model(**inputs)
+        logits = outputs.logits[loss_mask] if return_outputs else outputs.logits
+
+        # 3. Negative log-likelihood of each token [N]; eval_loss is the mean of these
+        nll = cross_entropy(logits, targets[loss_mask], self.args.label_smoothing_factor)
+
+        # 4. Mean over the tokens of the optimizer step: each counts the same in any micro-batch.
+        # To try another loss per token, sum it here in place of nll
+        tokens = len(nll) if num_items_in_batch is None else num_items_in_batch
+        loss = nll.sum() / max(tokens, 1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages the ranks' gradients
+
+        # 5. A mixture of experts adds its own loss, which balances the load of the experts
+        if model.training and outputs.get("aux_loss") is not None:
+            weight = language_model.config.router_aux_loss_coef
+            loss = loss + weight * outputs.aux_loss / self.current_gradient_accumulation_steps
+
+        # Bookkeeping
+        if model.training:
+            check_finite(loss, self.state.global_step)
+        else:
+            self.add_to_evaluation(nll, loss_mask)
+        return (loss, outputs) if return_outputs else loss
+
+    def targets_of(self, labels):
+        """Return what each position predicts [B, T]; in an encoder-decoder, the labels [B, T']."""
+        return labels if self.seq2seq else next_tokens(labels)
+
+    # =========================================================================
+    # Part 2, the machinery: nothing below is needed to understand the algorithm.
+    # =========================================================================
+
+    def __init__(self, model=None, args=None, data_collator=None, train_dataset=None,
+                 eval_dataset=None, tokenizer=None, model_init=None, compute_metrics=None,
+                 callbacks=None, optimizers=(None, None), preprocess_logits_for_metrics=None,
+                 peft_config=None, dataset_text_field=None, packing=False, formatting_func=None,
+                 max_seq_length=None, infinite=None, num_of_sequences=1024, chars_per_token=3.6,
+                 dataset_num_proc=None, dataset_batch_size=1000, neftune_noise_alpha=None,
+                 model_init_kwargs=None, dataset_kwargs=None, processing_class=None):
+        """Prepare model and data. Raises InputError for what cannot be trained on.
+
+        model: a model, or a causal one's hub name or folder, loaded with model_init_kwargs.
+        args: an SFTConfig or TrainingArguments. An argument given here wins over its field.
+        train_dataset, eval_dataset (or a dict of them): rows that `encode` reads, in memory or
+            streamed; a ConstantLengthDataset; or a torch Dataset of rows of token ids.
+        data_collator: None: `collate`. A DataCollatorForCompletionOnlyLM labels the rows.
+        tokenizer (or processing_class): None: the model's own. peft_config: of a fresh adapter.
+        formatting_func: makes the rows' texts, see `text_maker`.
+        packing: fill rows with train_dataset's documents; evaluation keeps one per row.
+        infinite, num_of_sequences, chars_per_token: see ConstantLengthDataset.
+        dataset_batch_size: rows passed to formatting_func at once; 0, None: all.
+        dataset_kwargs: add_special_tokens, append_concat_token (end each text), keep_tail (of
+            packing: the last row, which is shorter), assistant_only_loss."""
+        # the arguments, with the config's fields
+        args = prepare_args(args, eval_dataset)
+        settings = common.read_settings(
+            SFTTrainer, args, dataset_text_field=dataset_text_field, packing=packing,
+            max_seq_length=max_seq_length, dataset_num_proc=dataset_num_proc,
+            neftune_noise_alpha=neftune_noise_alpha)
+        args.neftune_noise_alpha = settings["neftune_noise_alpha"]
+        if infinite and not settings["packing"]:
+            warnings.warn("infinite=True has no effect without packing=True", stacklevel=2)
+
+        # model, tokenizer and collator
+        model = load_model(model, model_init_kwargs)
+        self.tokenizer = common.with_padding(tokenizer or processing_class or tokenizer_of(model))
+        data_collator = self.choose_collator(data_collator, args)
+        self.peft_config = peft_config
+        if model is not None:
+            model = self.prepare_model(model, args)
+        super().__init__(
+            model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+            eval_dataset=eval_dataset, processing_class=self.tokenizer, model_init=model_init,
+            compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        common.prepare_process(self.args)
+        self.seq2seq = self.model.config.is_encoder_decoder
+        self.model_accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
+        self.eval_sums = torch.zeros(2)
+
+        # the data: rows of token ids and labels
+        self.max_seq_length = self.longest_row(settings["max_seq_length"])
+        self.formatting_func = formatting_func
+        self.num_proc = settings["dataset_num_proc"]
+        self.rows_at_once = dataset_batch_size or None
+        self.set_encoding(settings["dataset_text_field"], dataset_kwargs)
+        if settings["packing"]:
+            self.train_dataset = self.pack(
+                train_dataset, bool(infinite), num_of_sequences, chars_per_token)
+        else:
+            self.train_dataset = self.prepare(train_dataset, "train_dataset")
+        self.eval_dataset = self.prepare(eval_dataset, "eval_dataset")
+
+    def choose_collator(self, data_collator, args):
+        """Return the data collator: the one given, response_template's, or `collate`."""
+        template = getattr(args, "response_template", None)
+        if template and data_collator is not None:
+            raise InputError(f"response_template={template!r}: the data_collator labels the rows "
+                             "too; give one of them")
+        if template:
+            data_collator = DataCollatorForCompletionOnlyLM(template, tokenizer=self.tokenizer)
+        self.completion_collator = None
+        if isinstance(data_collator, DataCollatorForCompletionOnlyLM):
+            self.completion_collator = data_collator
+        elif data_collator is None:
+            data_collator = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
+        else:
+            return data_collator
+        args.remove_unused_columns = False  # these two take the columns that they need
+        return data_collator
+
+    def prepare_model(self, model, args):
+        """Choose a learning rate for the model's size if none is set, and add a fresh adapter."""
+        if args.learning_rate is None:
+            args.learning_rate = common.scale_learning_rate(RATE_OF_TOY_MODEL, model)
+        peft_config = self.peft_config
+        if peft_config is None and getattr(args, "lora_r", 0):
+            seq2seq = model.config.is_encoder_decoder
+            peft_config = common.lora_config(args, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+        return model if peft_config is None else common.with_adapter(model, peft_config, args.seed)
+
+    def call_model_init(self, trial=None):
+        """Make the model with model_init, and its adapter."""
+        model = self.prepare_model(super().call_model_init(trial), self.args)
+        # Trainer does so for a given model only; with a cache, packed documents are not masked
+        model.config.use_cache = self.args.use_cache
+        return model
+
+    def longest_row(self, max_seq_length):
+        """Return max_seq_length, or what tokenizer and model take, at most 1024."""
+        limit = 10**9 if self.seq2seq else number_of_positions(self.model)
+        if max_seq_length is None:
+            return min(self.tokenizer.model_max_length, limit, 1024)
+        if not 1 < max_seq_length <= limit:
+            raise InputError(f"max_seq_length={max_seq_length}: give 2 to {limit}, the positions "
+                             "that the model has")
+        return max_seq_length
+
+    def set_encoding(self, dataset_text_field, dataset_kwargs):
+        """Set the arguments of `encode`, and keep_tail of packing."""
+        options = {"add_special_tokens": True, "append_concat_token": True,
+                   "assistant_only_loss": getattr(self.args, "assistant_only_loss", False),
+                   "keep_tail": getattr(self.args, "keep_tail", False)}
+        unknown = set(dataset_kwargs or {}) - set(options)
+        if unknown:
+            raise InputError(f"dataset_kwargs={dataset_kwargs}: unknown names are "
+                             f"{', '.join(sorted(unknown))}; use {', '.join(options)}")
+        options.update(dataset_kwargs or {})
+        self.keep_tail = options.pop("keep_tail")
+        self.encoding = {"tokenizer": self.tokenizer, "dataset_text_field": dataset_text_field,
+                         **options}
+
+    # ------------------------------------------------------------------ datasets
+    def prepare(self, rows, name):
+        """Turn rows of texts, chats or tokens into rows of tokens, one for one.
+
+        rows: a dataset, or a dict of several. Anything but a datasets.Dataset or IterableDataset
+        stays as it is. name: that of the argument, for errors."""
+        if isinstance(rows, dict):
+            return {key: self.prepare(rows[key], f"{name}[{key!r}]") for key in rows}
+        if isinstance(rows, ConstantLengthDataset):
+            self.check_packing()
+        if not isinstance(rows, (Dataset, IterableDataset)):
+            return rows
+        first = list(islice(iter(rows), 2))
+        if not first:
+            raise InputError(f"{name} (0 rows): it is empty; give at least one row")
+        if "position_ids" in first[0]:  # packed rows
+            self.check_packing()
+            return rows
+        texts_of = None
+        if self.formatting_func is not None and "input_ids" not in first[0]:
+            texts_of = text_maker(self.formatting_func, first)
+        is_stream = isinstance(rows, IterableDataset)
+        processes = {} if is_stream else {"num_proc": self.num_proc}
+        options = {**self.encoding, "seq2seq": self.seq2seq, "texts_of": texts_of,
+                   "max_length": self.max_seq_length, "completions": self.completion_collator}
+        with self.args.main_process_first(), explain(f"{name}: its rows can't be tokenized"):
+            tokens = rows.map(
+                tokenize, batched=True, batch_size=self.rows_at_once, **processes,
+                remove_columns=list(first[0]), fn_kwargs=options)
+            kept = tokens.filter(has_label, fn_kwargs={"start": int(not self.seq2seq)}, **processes)
+        if not is_stream and len(kept) < len(tokens):
+            self.report_dropped(name, len(tokens) - len(kept), len(tokens), first[0])
+        return kept
+
+    def report_dropped(self, name, dropped, total, first_row):
+        """Print how many rows have no token in the loss. Raises InputError if it is all of them."""
+        if dropped == total:
+            template = self.completion_collator and repr(self.completion_collator.response_template)
+            raise InputError(f"{name} ({total} rows): no row has a token in the loss; check "
+                             f"response_template={template}, max_seq_length={self.max_seq_length} "
+                             f"and the labels; the first row is {first_row}")
+        if self.is_world_process_zero():
+            print(f"dropped {dropped} of {total} rows of {name}: they have no token in the loss")
+
+    def pack(self, rows, infinite, num_of_sequences, chars_per_token):
+        """Pack rows into a dataset, or into a stream if the rows are streamed or infinite."""
+        self.check_packing()
+        if not isinstance(rows, (Dataset, IterableDataset)):
+            return rows
+        if next(iter(rows), None) is None:
+            raise InputError("train_dataset (0 rows): it is empty; give at least one row")
+        packed = ConstantLengthDataset(
+            dataset=rows, formatting_func=self.formatting_func, infinite=infinite,
+            seq_length=self.max_seq_length, num_of_sequences=num_of_sequences,
+            chars_per_token=chars_per_token, eos_token_id=None, keep_tail=self.keep_tail,
+            seed=self.args.seed, **self.encoding)
+        if infinite or isinstance(rows, IterableDataset):
+            return packed
+        with self.args.main_process_first(), explain("train_dataset: its rows can't be packed"):
+            if next(iter(packed), None) is None:
+                raise InputError(f"max_seq_length={self.max_seq_length}: train_dataset does not "
+                                 "fill one row; give more text, a smaller max_seq_length, or "
+                                 "dataset_kwargs={'keep_tail': True}")
+            kept = Dataset.from_generator(packed.__iter__)
+        if not any(map(has_label, kept)):
+            raise InputError(f"train_dataset ({len(kept)} packed rows): no row has a token in the "
+                             "loss; check the labels, or the roles of the chats (assistant)")
+        return kept
+
+    def check_packing(self):
+        """Raise InputError unless the model keeps the documents of a packed row apart."""
+        kind = self.model.config.model_type
+        if self.completion_collator:
+            raise InputError("packing: a response template labels whole rows; give rows of prompt "
+                             "and completion instead")
+        if self.seq2seq:
+            raise InputError(f"packing: {kind} is an encoder-decoder; leave packing out")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            warnings.warn(f"packing: a sharded model can't be checked; try once on one process "
+                          f"whether a small model of type {kind} is refused", stacklevel=3)
+            return
+        with explain(f"packing: a model of type {kind} can't run packed rows; leave packing out"):
+            with self.compute_loss_context_manager():
+                apart = keeps_documents_apart(self.model)
+        if not apart:
+            raise InputError(f"packing: in a model of type {kind} a document sees the one before "
+                             "it in its row; leave packing out")
+
+    # ------------------------------------------------------------------ evaluation
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """Evaluate; eval_dataset may hold any rows that the constructor takes."""
+        if not isinstance(eval_dataset, dict):  # Trainer calls this method for each set of a dict
+            eval_dataset = self.prepare(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Run Trainer's loop. The loss is the mean over all tokens and ranks, not over batches."""
+        self.eval_sums = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.eval_sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    def add_to_evaluation(self, nll, loss_mask):
+        """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
+
+        Ranks repeat rows to fill the last batch: gather_for_metrics drops them, row by row."""
+        row_of_token = loss_mask.nonzero()[:, 0]
+        row_sums = nll.new_zeros(len(loss_mask)).index_add(0, row_of_token, nll.detach())
+        row_counts = loss_mask.sum(1).to(row_sums)
+        sums_and_counts = torch.stack([row_sums, row_counts], dim=1)                    # [B, 2]
+        sums = self.accelerator.gather_for_metrics(sums_and_counts).sum(0)
+        self.eval_sums = self.eval_sums.to(sums.device) + sums
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Run one evaluation step; all logits are computed only if metrics need them."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+
+def prepare_args(args, eval_dataset):
+    """Return a copy of args that fits the data. Raises InputError."""
+    args = copy.copy(args) if args is not None else TrainingArguments()
+    if eval_dataset is None and isinstance(args, SFTConfig):
+        if args.load_best_model_at_end:
+            raise InputError("load_best_model_at_end=True: the best model is found by evaluation; "
+                             "give an eval_dataset")
+        args.eval_strategy = "no"
+    # each rank reads a stream itself: the main rank can't send rows of unequal length
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    args.accelerator_config.dispatch_batches = False
+    return args
+
+
+def load_model(model, model_init_kwargs):
+    """Load a model that is given by its name. Raises InputError."""
+    if isinstance(model, str):
+        with explain(f"model={model}: it can't be loaded"):
+            return AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
+    if model_init_kwargs:
+        raise InputError(f"model_init_kwargs={model_init_kwargs}: they load a model by its name, "
+                         "and `model` is a model already; leave them out")
+    return model
+
+
+def tokenizer_of(model):
+    """Load the tokenizer that belongs to a model. Raises InputError."""
+    if model is None or not model.config.name_or_path:
+        raise InputError("tokenizer=None: the model does not say where its tokenizer is; pass one")
+    return common.load_tokenizer(model.config.name_or_path)
+
+
+def number_of_positions(model):
+    """Return how many positions a model has; a large number if it has no limit."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 10**9
+
+
+# ----------------------------------------------------------------------------- rows -> tokens
+def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
+           append_concat_token=True, assistant_only_loss=False, eos_token_id=None, seq2seq=False):
+    """Encode one row by its columns. Returns input_ids and labels (None: all are in the loss).
+
+    The columns, in this order: input_ids (and labels); prompt and completion; a text or chat in
+    dataset_text_field, messages or text. append_concat_token: end texts and completions with the
+    tokenizer's end token (if it has none, eos_token_id), once.
+    seq2seq: the encoder reads the prompt, and the labels are the completion."""
+    end_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if not append_concat_token:
+        end_id = None
+    if "input_ids" in row:
+        return encode_tokens(row, seq2seq)
+    if is_pair(row, dataset_text_field):
+        prompt, completion = encode_completion(row, tokenizer, end_id, add_special_tokens, seq2seq)
+        if seq2seq:
+            return prompt, completion
+        return prompt + completion, [IGNORE] * len(prompt) + completion
+    if seq2seq:
+        raise InputError(f"columns={list(row)} (of the dataset): an encoder-decoder needs prompt "
+                         "and completion, or input_ids and labels; rename the columns")
+    names = ["messages", "text"] if dataset_text_field is None else [dataset_text_field]
+    found = [name for name in names if name in row]
+    if not found:
+        raise InputError(f"dataset_text_field={dataset_text_field}: the dataset has the columns "
+                         f"{list(row)}; name the one that holds the text, or call it text, "
+                         "messages, prompt and completion, or input_ids")
+    value = row[found[0]]
+    if is_chat(value):
+        return encode_chat(value, tokenizer, assistant_only_loss)
+    if assistant_only_loss:
+        raise InputError("assistant_only_loss=True: the rows are texts, not chats; leave it out")
+    return encode_text(value, tokenizer, end_id, add_special_tokens)
+
+
+def encode_text(text, tokenizer, end_id, add_special_tokens):
+    """Encode a text: all of it is in the loss, and its end."""
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is neither a text nor a chat")
+    ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    return with_end(ids, end_id), None
+
+
+def encode_completion(row, tokenizer, end_id, add_special_tokens, seq2seq):
+    """Encode prompt and completion, texts or chats. Returns the token ids of each."""
+    prompt = row["prompt"]
+    completion = row["completion"]
+    if is_chat(prompt):
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        start = apply_template(tokenizer, prompt, add_generation_prompt=True)
+        whole = apply_template(tokenizer, prompt + completion)
+        if whole[:len(start)] != start:
+            raise InputError("chat_template: it writes a prompt differently when a completion "
+                             "follows; give rows of input_ids and labels instead")
+        return start, whole[len(start):]
+    start = tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False).input_ids
+    has_end = start[-1:] == [tokenizer.eos_token_id]
+    if has_end and not prompt.endswith(tokenizer.eos_token) and not seq2seq:
+        start = start[:-1]  # some tokenizers end whatever they read
+    rest = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
+    return start, with_end(rest, end_id)
+
+
+def encode_chat(messages, tokenizer, assistant_only_loss):
+    """Encode a chat with the tokenizer's template, which writes its own special tokens.
+
+    In the loss is all of it, or only the assistant's turns and their ends."""
+    whole = apply_template(tokenizer, messages)
+    if not assistant_only_loss:
+        return whole, None
+    labels = [IGNORE] * len(whole)
     for i, message in enumerate(messages):
-        if assistant_only and message["role"] == "assistant":
-            before, after = ids(messages[:i], add_generation_prompt=True), ids(messages[:i + 1])
-            if whole[:len(after)] != after or after[:len(before)] != before:
-                raise InputError("the chat template writes a turn differently when others follow, so the assistant's tokens "
-                                 "can't be told apart: give rows of prompt and completion instead")
-            labels[len(before):len(after)] = after[len(before):]
+        if message["role"] != "assistant":
+            continue
+        before = apply_template(tokenizer, messages[:i], add_generation_prompt=True)
+        after = apply_template(tokenizer, messages[:i + 1])
+        if whole[:len(after)] != after or after[:len(before)] != before:
+            raise InputError("chat_template: it writes a turn differently when others follow, so "
+                             "the assistant's tokens can't be found; give rows of prompt and "
+                             "completion instead")
+        labels[len(before):len(after)] = after[len(before):]
     return whole, labels
 
 
-def encode(batch, tokenizer, field=None, texts_of=None, add_special_tokens=True, eos_token_id=None,
-           assistant_only_loss=False, seq2seq=False):
-    """A batch of rows {column: list} -> token numbers, and labels (None: all tokens are learnt), a list for each row.
-
-    Rows, in this order: `texts_of` (a formatter), input_ids (and labels), prompt and completion, a chat or text in `field`,
-    messages, text. eos_token_id ends what does not end in it already; None: nothing is added. seq2seq: the prompt is
-    what the encoder reads, the labels are the completion."""
-    def end(ids):
-        return ids if eos_token_id is None or ids[-1:] == [eos_token_id] else ids + [eos_token_id]
-
-    if texts_of is None and "input_ids" in batch:
-        masks = batch.get("attention_mask") or [[1] * len(ids) for ids in batch["input_ids"]]
-        kept = lambda name: [[x for x, m in zip(row, mask) if m] for row, mask in zip(batch[name], masks)]
-        if seq2seq and "labels" in batch:  # the decoder's: as long as they are, whatever the encoder reads
-            return kept("input_ids"), [list(row) for row in batch["labels"]]
-        return kept("input_ids"), kept("labels") if "labels" in batch else None
-    if texts_of is None and field is None and "prompt" in batch and "completion" in batch:
-        rows = []
-        for prompt, completion in zip(batch["prompt"], batch["completion"]):
-            if is_chat(prompt):
-                turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-                start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-                whole = tokenizer.apply_chat_template(prompt + turns, return_dict=False)
-                if whole[:len(start)] != start:
-                    raise InputError("the chat template writes a prompt differently when an answer follows: give rows of "
-                                     "input_ids and labels instead")
-                rows.append((start, whole[len(start):]))
-            else:
-                start = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
-                if not seq2seq and start[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
-                    start = start[:-1]  # some tokenizers end whatever they read
-                rows.append((start, end(tokenizer(completion, add_special_tokens=False).input_ids)))
-        if seq2seq:
-            return [start for start, _ in rows], [answer for _, answer in rows]
-        return [start + answer for start, answer in rows], [[IGNORE] * len(start) + answer for start, answer in rows]
-    if seq2seq:
-        raise InputError("an encoder-decoder learns from rows of prompt and completion, or of input_ids and labels; there are "
-                         f"the columns {list(batch)}")
-    texts = texts_of(batch) if texts_of else batch[column_of(batch, field)]
-    if texts and is_chat(texts[0]):
-        rows = [chat_tokens(tokenizer, messages, assistant_only_loss) for messages in texts]
-        return [ids for ids, _ in rows], [labels for _, labels in rows] if assistant_only_loss else None
-    ids = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False).input_ids if texts else []
-    return [end(row) for row in ids], None
+def encode_tokens(row, seq2seq):
+    """Return a row's own input_ids and labels, without the padding of its attention_mask."""
+    mask = row.get("attention_mask", [1] * len(row["input_ids"]))
+    ids = [int(token) for token, m in zip(row["input_ids"], mask, strict=True) if m]
+    if "labels" not in row:
+        return ids, None
+    labels = [int(label) for label in row["labels"]]
+    if not seq2seq:  # an encoder-decoder's labels have their own length
+        labels = [label for label, m in zip(labels, mask, strict=True) if m]
+    return ids, labels
 
 
-def column_of(columns, field=None):
-    """The column that holds texts or chats. Raises InputError."""
-    for name in [field] if field else ["messages", "text"]:
-        if name in columns:
-            return name
-    raise InputError(f"the data set has the columns {list(columns)}: " + (
-        f"none is called {field} (dataset_text_field)" if field else
-        "name the one that holds the text (dataset_text_field), or call it text, messages, prompt and completion, or input_ids"))
+def apply_template(tokenizer, messages, **kwargs):
+    """Return the token ids of chat messages."""
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
 
 
+def is_pair(row, text_field):
+    """Return whether a row is a prompt with its completion."""
+    return text_field is None and "prompt" in row and "completion" in row
+
+
+def with_end(ids, end_id):
+    """Append the end token, unless the ids end with it or there is none."""
+    return ids if end_id is None or ids[-1:] == [end_id] else [*ids, end_id]
+
+
+def text_maker(formatting_func, rows):
+    """Turn a user's function into one that takes a batch {column: list} and returns its texts.
+
+    The user's function takes a row and returns its text, or takes a batch and returns a list. It is
+    called on the first two rows to find out which."""
+    rows = (list(rows) * 2)[:2]
+    try:
+        texts = formatting_func(batch_of(rows)) if rows else None
+    except Exception:  # it is written for one row
+        texts = None
+    if isinstance(texts, list) and len(texts) == 2:
+        return formatting_func
+    return partial(texts_row_by_row, formatting_func)
+
+
+def texts_row_by_row(formatting_func, batch):
+    """Call a function that takes one row for each row of a batch. Raises InputError."""
+    texts = []
+    for row in rows_of(batch):
+        with explain(f"formatting_func failed on the row {row}"):
+            text = formatting_func(row)
+        if isinstance(text, list) and len(text) == 1:
+            text = text[0]
+        if not isinstance(text, str):
+            raise InputError(f"formatting_func: returned {type(text).__name__} for a row and no "
+                             "list of 2 for 2 rows; return a row's text, or a list with one text "
+                             "per row of the batch")
+        texts.append(text)
+    return texts
+
+
+def batch_of(rows):
+    """Turn a list of rows into a batch {column: list}."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def rows_of(batch):
+    """Turn a batch {column: list} into a list of rows."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def encode_rows(rows, texts_of=None, **encoding):
+    """Encode rows, each as input_ids and labels or None. texts_of: a `text_maker`'s function."""
+    if texts_of is not None and rows:
+        rows = [{"text": text} for text in texts_of(batch_of(rows))]
+        encoding["dataset_text_field"] = "text"
+    return [encode(row, **encoding) for row in rows]
+
+
+def tokenize(batch, max_length, completions=None, **options):
+    """Encode a batch {column: list} and truncate its rows.
+
+    completions: a DataCollatorForCompletionOnlyLM that chooses the labels."""
+    encoded = encode_rows(rows_of(batch), **options)
+    input_ids = [ids[:max_length] for ids, _ in encoded]
+    labels = [row_labels for _, row_labels in encoded]
+    if completions:
+        labels = [completions.labels(ids, IGNORE) for ids in input_ids]
+    columns = {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]}
+    if labels and labels[0] is not None:
+        columns["labels"] = [row_labels[:max_length] for row_labels in labels]
+    return columns
+
+
+def has_label(row, start=1):
+    """Return whether a token of the row, from position `start` on, is in the loss."""
+    return any(label != IGNORE for label in row.get("labels", row["input_ids"])[start:])
+
+
+# ----------------------------------------------------------------------------- packing
 class ConstantLengthDataset(torch.utils.data.IterableDataset):
-    """Rows of `seq_length` tokens, filled with one document after another -> {"input_ids", "labels", "position_ids"},
-    LongTensors [seq_length].
+    """Pack documents, one after the other, into rows of `seq_length` tokens.
 
-    tokenizer, dataset: any of `encode`'s rows. dataset_text_field, formatting_func: where their texts come from.
-    infinite: begin anew at the end, for ever. num_of_sequences, chars_per_token: so many rows' worth of characters are read
-    before they are tokenised together. eos_token_id: ends documents where the tokenizer has none of its own.
-    shuffle: the rows of a buffer come in random order, by `seed` and the number of the pass. append_concat_token: end every
-    document (once). add_special_tokens: let the tokenizer add its own. keep_tail: what doesn't fill a last row comes too, as a
-    shorter one; it is lost otherwise. assistant_only_loss: as in SFTConfig.
+    Yields {"input_ids", "labels", "position_ids"}, LongTensors [seq_length]. position_ids count
+    from 0 in each document; models tell documents apart by them. A document that is cut continues
+    in the next row as one of its own. len() is the number of rows; it tokenizes everything once.
 
-    position_ids count from 0 in each document, from which models tell documents apart; one that is cut goes on in the
-    next row as a document of its own. The first token of a document has nothing to be predicted from, so the trainer
-    leaves it out of the loss. len() is the number of rows; it tokenises everything once."""
+    tokenizer, dataset: any rows that `encode` reads. dataset_text_field, formatting_func: their
+    texts. infinite: start again at the end. num_of_sequences, chars_per_token: rows' worth of
+    characters that are tokenized together. eos_token_id: ends documents if the tokenizer has no end
+    token. shuffle: shuffle the rows of a buffer, by `seed` and the number of the pass.
+    append_concat_token: end every document, once. add_special_tokens: let the tokenizer add its
+    own. keep_tail: yield the last row too, which may be shorter; it is lost otherwise."""
 
-    def __init__(self, tokenizer, dataset, dataset_text_field=None, formatting_func=None, infinite=False, seq_length=1024,
-                 num_of_sequences=1024, chars_per_token=3.6, eos_token_id=0, shuffle=True, append_concat_token=True,
-                 add_special_tokens=True, keep_tail=False, seed=0, assistant_only_loss=False):
-        self.dataset, self.infinite, self.seq_length = dataset, infinite, seq_length
+    def __init__(self, tokenizer, dataset, dataset_text_field=None, formatting_func=None,
+                 infinite=False, seq_length=1024, num_of_sequences=1024, chars_per_token=3.6,
+                 eos_token_id=0, shuffle=True, append_concat_token=True, add_special_tokens=True,
+                 keep_tail=False, seed=0, assistant_only_loss=False):
+        self.dataset = dataset
+        self.infinite = infinite
+        self.seq_length = seq_length
         self.max_buffer_size = seq_length * chars_per_token * num_of_sequences
-        self.shuffle, self.keep_tail, self.seed, self.passes, self.length = shuffle, keep_tail, seed, 0, None
-        end = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.shuffle = shuffle
+        self.keep_tail = keep_tail
+        self.seed = seed
+        self.passes = 0
+        self.length = None
+        texts_of = None
+        if formatting_func is not None:
+            texts_of = text_maker(formatting_func, islice(iter(dataset), 2))
         self.encoding = {
-            "tokenizer": tokenizer, "field": dataset_text_field, "add_special_tokens": add_special_tokens,
-            "texts_of": formatting_func and formatter(formatting_func, islice(iter(dataset), 2)),
-            "eos_token_id": end if append_concat_token else None, "assistant_only_loss": assistant_only_loss}
+            "tokenizer": tokenizer, "dataset_text_field": dataset_text_field,
+            "add_special_tokens": add_special_tokens, "append_concat_token": append_concat_token,
+            "assistant_only_loss": assistant_only_loss, "eos_token_id": eos_token_id,
+            "texts_of": texts_of}
 
     def __len__(self):
         if self.infinite or not hasattr(self.dataset, "__len__"):
-            raise TypeError("a data set without an end, or without a length, has no number of packed rows: set max_steps")
+            raise TypeError(f"infinite={self.infinite} ({type(self.dataset).__name__}): the number "
+                            "of packed rows is unknown; set max_steps")
         if self.length is None:
-            self.length = sum(1 for _ in self.rows(random.Random(0)))
+            self.length = sum(1 for _ in self.pack_rows(random.Random(0)))
         return self.length
 
-    def buffers(self):
-        """Lists of documents (token numbers, labels), a buffer of characters at a time."""
-        rows, size = [], 0
-        for row in self.dataset:
-            rows.append(row)
-            size += sum(len(str(value)) for value in row.values())
-            if size >= self.max_buffer_size:
-                yield self.encoded(rows)
-                rows, size = [], 0
-        if rows:
-            yield self.encoded(rows)
+    def set_epoch(self, epoch):
+        """Set the number of the pass; Trainer does, so that a resumed run continues its order."""
+        self.passes = epoch
 
-    def encoded(self, rows):
-        ids, labels = encode({name: [row[name] for row in rows] for name in rows[0]}, **self.encoding)
-        return zip(ids, labels or ids)
+    def __iter__(self):
+        rows = self.pack_rows(random.Random(f"{self.seed}-{self.passes}"))
+        self.passes += 1
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None and not isinstance(self.dataset, IterableDataset):
+            # a stream divides its rows among the workers itself
+            rows = islice(rows, worker.id, None, worker.num_workers)
+        for row in rows:
+            ids, labels, begins = torch.tensor(row).T
+            places = torch.arange(len(ids))
+            first = (places * begins).cummax(0).values  # where each token's document begins
+            yield {"input_ids": ids, "labels": labels, "position_ids": places - first}
 
-    def rows(self, rng):
-        """Lists of (token, label, whether a document begins with it), `seq_length` long."""
-        left = []  # of the buffers so far, less than a row
+    def pack_rows(self, rng):
+        """Yield rows: lists of (token id, label, whether a document begins here)."""
+        remainder = []  # of a buffer, less than a row
         while True:
-            for documents in self.buffers():
-                left += [(*pair, i == 0) for ids, labels in documents for i, pair in enumerate(zip(ids, labels))]
-                full = len(left) // self.seq_length * self.seq_length
-                rows, left = [left[i:i + self.seq_length] for i in range(0, full, self.seq_length)], left[full:]
+            for documents in self.encode_buffers():
+                for ids, labels in documents:
+                    begins = [i == 0 for i in range(len(ids))]
+                    remainder += zip(ids, labels or ids, begins, strict=True)
+                full = len(remainder) // self.seq_length * self.seq_length
+                rows = [remainder[i:i + self.seq_length] for i in range(0, full, self.seq_length)]
+                remainder = remainder[full:]
                 if self.shuffle:
                     rng.shuffle(rows)
                 yield from rows
             if not self.infinite:
                 break
-        if self.keep_tail and left:
-            yield left
+        if self.keep_tail and remainder:
+            yield remainder
 
-    def set_epoch(self, epoch):
-        """Called by Trainer before each pass: a run that is resumed goes on in the order of the pass it was in."""
-        self.passes = epoch
-
-    def __iter__(self):
-        rows = self.rows(random.Random(f"{self.seed}-{self.passes}"))
-        self.passes += 1
-        worker = torch.utils.data.get_worker_info()
-        for row in islice(rows, worker.id, None, worker.num_workers) if worker else rows:
-            ids, labels, begins = torch.tensor(row).T
-            place = torch.arange(len(ids))
-            yield {"input_ids": ids, "labels": labels, "position_ids": place - (place * begins).cummax(0).values}
-
-
-# ------------------------------------------------------------------------------------------------ data: rows -> batches
-class DataCollator:
-    """Rows {"input_ids", "labels" (none: all are learnt), "position_ids" (packed rows)} -> a batch of LongTensors [B, T],
-    padded on the right, where padding shifts no position, with labels of -100 for what is not learnt.
-
-    flatten: all rows end to end in one, [1, sum of lengths], told apart by their positions: no padding at all. For flash
-    attention, which needs no mask for it."""
-
-    def __init__(self, pad_token_id, flatten=False):
-        self.pad_token_id, self.flatten = pad_token_id, flatten
-
-    def __call__(self, rows):
-        columns = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE, "position_ids": 0}
-        rows = [self.complete(row) for row in rows]
-        packed = self.flatten or "position_ids" in rows[0]
-        batch = {}
-        for name in columns:
-            if name == ("attention_mask" if packed else "position_ids"):
-                continue
-            values = [torch.as_tensor(row[name]) for row in rows]
-            batch[name] = torch.cat(values)[None] if self.flatten else pad_sequence(values, True, columns[name])
-        return batch
-
-    def complete(self, row):
-        ids = row["input_ids"]
-        row = {"labels": ids, "attention_mask": [1] * len(ids), **row}
-        positions = torch.as_tensor(row["position_ids"]) if "position_ids" in row else None
-        if positions is not None:
-            row["labels"] = torch.as_tensor(row["labels"]).masked_fill(positions == 0, IGNORE)
-        elif self.flatten:
-            row["position_ids"] = torch.arange(len(ids))
-            row["labels"] = torch.cat([torch.tensor([IGNORE]), torch.as_tensor(row["labels"])[1:]])
-        return row
+    def encode_buffers(self):
+        """Yield lists of encoded documents, a buffer of characters at a time."""
+        rows = []
+        size = 0
+        for row in self.dataset:
+            rows.append(row)
+            size += sum(len(str(value)) for value in row.values())
+            if size >= self.max_buffer_size:
+                yield encode_rows(rows, **self.encoding)
+                rows = []
+                size = 0
+        if rows:
+            yield encode_rows(rows, **self.encoding)
 
 
-class Seq2SeqCollator:
-    """Rows {"input_ids", "labels"} -> input_ids, attention_mask [B, S] for the encoder and labels [B, T] for the decoder."""
+def keeps_documents_apart(model):
+    """Return whether a packed document has no gradient with respect to the one before it."""
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]], device=model.device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=model.device)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
+    gradient, = torch.autograd.grad(logits[:, 4:].float().square().sum(), embeddings)
+    return not gradient[:, :4].any()
 
-    def __init__(self, pad_token_id):
-        self.pad_token_id = pad_token_id
 
-    def __call__(self, rows):
-        ids, labels = [[torch.as_tensor(row[name]) for row in rows] for name in ("input_ids", "labels")]
-        return {"input_ids": pad_sequence(ids, True, self.pad_token_id), "labels": pad_sequence(labels, True, IGNORE),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0)}
+# ----------------------------------------------------------------------------- tokens -> batches
+def collate(rows, pad_token_id):
+    """Pad rows on the right, which shifts no position. Returns a batch of LongTensors [B, T].
+
+    rows: dicts with input_ids, labels (default: input_ids), and position_ids if they are packed."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    labels = [torch.as_tensor(row.get("labels", row["input_ids"])) for row in rows]
+    batch = {"input_ids": pad_sequence(ids, True, pad_token_id)}
+    if "position_ids" in rows[0]:
+        positions = [torch.as_tensor(row["position_ids"]) for row in rows]
+        # nothing before a document predicts its first token
+        labels = [row.masked_fill(place == 0, IGNORE)
+                  for row, place in zip(labels, positions, strict=True)]
+        batch["position_ids"] = pad_sequence(positions, True, 0)
+    else:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, 0)
+    return {**batch, "labels": pad_sequence(labels, True, IGNORE)}
 
 
 class DataCollatorForCompletionOnlyLM:
-    """Rows {"input_ids"} -> a batch whose labels are the answers alone.
+    """Make a batch of rows {"input_ids"} in which only the completions are in the loss.
 
-    response_template: what stands before an answer, as text or token numbers. Without instruction_template, what follows
-    the last response_template is learnt; with it (what stands before a question), all that lies between a response_template and
-    the next instruction_template. ignore_index: the label of the rest. A row without the template has nothing to
-    learn: the collator warns, SFTTrainer drops the row at the start. mlm: must be False."""
+    response_template: what comes before a completion, as text or token ids. Without
+    instruction_template, what follows the last response_template is in the loss. With it (what
+    comes before a prompt), everything between a response_template and the next
+    instruction_template is. ignore_index: the label of all other tokens. mlm: must be False.
+    A row that has labels keeps them. SFTTrainer labels the rows of a datasets.Dataset before
+    training, and drops those without the template; for any other row without it, warn."""
 
-    def __init__(self, response_template, instruction_template=None, tokenizer=None, mlm=False, ignore_index=IGNORE):
+    def __init__(self, response_template, instruction_template=None, tokenizer=None, mlm=False,
+                 ignore_index=IGNORE):
         if mlm:
-            raise InputError("mlm=True masks tokens at random, which is no task for completions: leave it out")
+            raise InputError("mlm=True: masking tokens at random is no task for completions; leave "
+                             "it out")
         if tokenizer is None:
-            raise InputError("DataCollatorForCompletionOnlyLM needs the tokenizer: pass tokenizer=")
-        self.tokenizer, self.ignore_index = tokenizer, ignore_index
-        self.response_template, self.instruction_template = response_template, instruction_template
+            raise InputError("tokenizer=None: DataCollatorForCompletionOnlyLM needs the tokenizer")
+        self.tokenizer = tokenizer
+        self.ignore_index = ignore_index
+        self.response_template = response_template
+        self.instruction_template = instruction_template
 
-    def ends_of(self, template, ids):
-        """Where in the row the template's occurrences begin and end -> [(begin, end)].
+    def __call__(self, rows):
+        batch = []
+        for row in rows:
+            ids = torch.as_tensor(row["input_ids"]).tolist()
+            labels = row.get("labels")
+            if labels is None:
+                labels = self.labels(ids, self.ignore_index)
+                if all(label == self.ignore_index for label in labels):
+                    warnings.warn(f"response_template={self.response_template!r}: it is not in the "
+                                  f"row {self.tokenizer.decode(ids)!r}, so none of the row's "
+                                  "tokens is in the loss", stacklevel=2)
+            batch.append({"input_ids": ids, "labels": labels})
+        return collate(batch, self.tokenizer.pad_token_id)
 
-        As token numbers first. A tokenizer may write a text otherwise in the middle of a row than alone; where the row's text has it
-        more often, that is searched, and the tokens that hold it are found by halving."""
-        wanted = self.tokenizer(template, add_special_tokens=False).input_ids if isinstance(template, str) else list(template)
-        n = len(wanted)
-        found = [(i, i + n) for i in range(len(ids) - n + 1) if ids[i:i + n] == wanted]
-        text = self.tokenizer.decode(ids) if isinstance(template, str) else ""
-        if not isinstance(template, str) or text.count(template) <= len(found):
-            return found
-        length = lambda k: len(self.tokenizer.decode(ids[:k]))
-        found, at = [], -1
-        while (at := text.find(template, at + 1)) >= 0:
-            begin = bisect_right(range(len(ids) + 1), at, key=length) - 1  # the token that holds its first letter
-            found.append((begin, bisect_left(range(len(ids) + 1), at + len(template), key=length)))
-        return found
-
-    def learnt(self, ids):
-        """Which of a row's tokens are learnt -> [(begin, end)]."""
-        answers = [end for _, end in self.ends_of(self.response_template, ids)]
-        if self.instruction_template is None:
-            return [(answers[-1], len(ids))] if answers else []
-        questions = [begin for begin, _ in self.ends_of(self.instruction_template, ids)]
-        return [(answer, min((q for q in questions if q >= answer), default=len(ids))) for answer in answers]
-
-    def labels(self, ids):
-        labels = [self.ignore_index] * len(ids)
-        for begin, end in self.learnt(ids):
+    def labels(self, ids, ignore_index):
+        """Return the labels of a row: its completions' token ids, and ignore_index elsewhere."""
+        labels = [ignore_index] * len(ids)
+        for begin, end in self.find_completions(ids):
             labels[begin:end] = ids[begin:end]
         return labels
 
-    def __call__(self, rows):
-        rows = [{"input_ids": list(row["input_ids"]), "labels": self.labels(list(row["input_ids"]))} for row in rows]
-        for row in rows:
-            if all(label == self.ignore_index for label in row["labels"]):
-                print(f"response_template {self.response_template!r} is not in the row "
-                      f"{self.tokenizer.decode(row['input_ids'])!r}: nothing of it is learnt")
-        return DataCollator(self.tokenizer.pad_token_id)(rows)
+    def find_completions(self, ids):
+        """Return where the completions of a row begin and end."""
+        begins = [end for _, end in self.find(self.response_template, ids)]
+        if self.instruction_template is None:
+            return [(begin, len(ids)) for begin in begins[-1:]]
+        prompts = [begin for begin, _ in self.find(self.instruction_template, ids)]
+        ends = []
+        for begin in begins:
+            ends.append(min([p for p in prompts if p >= begin], default=len(ids)))
+        return list(zip(begins, ends, strict=True))
+
+    def find(self, template, ids):
+        """Return where the occurrences of a template begin and end in a row.
+
+        A tokenizer may write a text differently inside a row than alone. If the row's text has the
+        template more often than its ids do, the text is searched, a few tokens at a time."""
+        is_text = isinstance(template, str)
+        wanted = list(template)
+        if is_text:
+            wanted = self.tokenizer(template, add_special_tokens=False).input_ids
+        n = len(wanted)
+        found = [(i, i + n) for i in range(len(ids) - n + 1) if ids[i:i + n] == wanted]
+        if not is_text or self.tokenizer.decode(ids).count(template) <= len(found):
+            return found
+        found = []
+        for end in range(1, len(ids) + 1):
+            first = max(0, end - 2 * n - 8)  # far enough to the left to hold the template
+            before = self.tokenizer.decode(ids[first:end - 1]).count(template)
+            if self.tokenizer.decode(ids[first:end]).count(template) > before:
+                begin = max(k for k in range(first, end)
+                            if template in self.tokenizer.decode(ids[k:end]))
+                found.append((begin, end))
+        return found
 
 
-def tokenize(batch, max_length, completions=None, **encoding):
-    """A batch of rows -> their tokens, cut to max_length; completions: the collator that tells which are learnt."""
-    ids, labels = encode(batch, **encoding)
-    rows = {"input_ids": [row[:max_length] for row in ids]}
-    rows["attention_mask"] = [[1] * len(row) for row in rows["input_ids"]]
-    if completions:
-        labels = [[IGNORE if label == completions.ignore_index else label for label in completions.labels(row)]
-                  for row in rows["input_ids"]]
-    return {**rows, "labels": [row[:max_length] for row in labels]} if labels else rows
-
-
-def teaches(row, first=1):
-    """Whether a token of the row is learnt. A causal model's first has nothing to be predicted from."""
-    return any(label != IGNORE for label in row.get("labels", row["input_ids"])[first:])
-
-
-# ------------------------------------------------------------------------------------------------ the mathematics
-def next_tokens(labels):
-    """labels [B, T] -> what each position is to predict [B, T]: the label after it, and nothing at the end."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
-def cross_entropy(logits, targets, label_smoothing=0.0):
-    """logits [N, V], targets [N] -> -log p(target) [N] in nats; with smoothing eps, the target's share of the probability
-    is 1 - eps, and eps is spread over the whole vocabulary (Szegedy et al. 2015)."""
-    if not label_smoothing:
-        return -label_logprobs(logits, targets)
-    logp = logprobs_from_logits(logits, targets, gather=False)
-    return -(1 - label_smoothing) * logp.gather(-1, targets[:, None])[:, 0] - label_smoothing * logp.mean(-1)
-
-
-# ------------------------------------------------------------------------------------------------ the trainer
-class SFTTrainer(Trainer):
-    """transformers.Trainer for the loss above. Its arguments are Trainer's, and these:
-
-    model: a model, or the name or folder of a causal one, which is then loaded with `model_init_kwargs`.
-    args: TrainingArguments; None: their defaults. The trainer changes none of what it is given.
-    tokenizer (or processing_class): None: the model's own.
-    train_dataset, eval_dataset (or a dict of them): rows as `encode` reads them, materialised or streamed; a
-        ConstantLengthDataset; or a torch Dataset of finished rows.
-    peft_config: puts a fresh adapter on the model.
-    dataset_text_field, formatting_func: where the text of a row is; see `formatter`.
-    max_seq_length: rows are cut to their first tokens, so many. None: what tokenizer and model take, at most 1024.
-    packing: fill rows of max_seq_length with several documents of train_dataset (evaluation keeps one a row);
-        `infinite`, `num_of_sequences`, `chars_per_token` are ConstantLengthDataset's.
-    dataset_num_proc, dataset_batch_size: processes that tokenise, and rows at once (0, None: all). Main rank first.
-    neftune_noise_alpha: noise on the embeddings in training.
-    dataset_kwargs: add_special_tokens (the tokenizer adds its own), append_concat_token (end each text), assistant_only_loss,
-        keep_tail (of packing: the last row, if it is not full).
-    data_collator: None: DataCollator, or Seq2SeqCollator for an encoder-decoder. Of a DataCollatorForCompletionOnlyLM, the
-        labels are made once, at the start.
-
-    Raises InputError for what can't be trained on, before the first step."""
-
-    def __init__(self, model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, tokenizer=None,
-                 model_init=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
-                 preprocess_logits_for_metrics=None, peft_config=None, dataset_text_field=None, packing=False,
-                 formatting_func=None, max_seq_length=None, infinite=None, num_of_sequences=1024, chars_per_token=3.6,
-                 dataset_num_proc=None, dataset_batch_size=1000, neftune_noise_alpha=None, model_init_kwargs=None,
-                 dataset_kwargs=None, processing_class=None):
-        args = copy.copy(args) if args is not None else TrainingArguments()
-        if neftune_noise_alpha is not None:
-            args.neftune_noise_alpha = neftune_noise_alpha
-        if isinstance(model, str):
-            name = model
-            with explain(f"model {name} can't be loaded"):
-                model = AutoModelForCausalLM.from_pretrained(name, **(model_init_kwargs or {}))
-        elif model_init_kwargs:
-            raise InputError("model_init_kwargs are for loading a model by its name, and `model` is one already")
-        if isinstance(train_dataset, IterableDataset) or isinstance(eval_dataset, IterableDataset):
-            args.accelerator_config = copy.copy(args.accelerator_config)
-            args.accelerator_config.dispatch_batches = False  # each rank reads the stream itself: rows differ in length
-        if peft_config is not None and model is not None:
-            model = with_adapter(model, peft_config, args.seed)
-        elif peft_config is not None:
-            plain = model_init
-            model_init = lambda: with_adapter(plain(), peft_config, args.seed)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
-                         model_init=model_init, compute_metrics=compute_metrics, optimizers=optimizers,
-                         processing_class=tokenizer or processing_class or self.tokenizer_of(model),
-                         preprocess_logits_for_metrics=preprocess_logits_for_metrics)
-        prepare_process(self.args)
-        self.tokenizer = self.processing_class = with_padding(self.processing_class)
-        self.seq2seq = self.model.config.is_encoder_decoder
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
-        self._loss_shifts_labels = not self.seq2seq  # how Trainer counts them
-        self.seen = torch.zeros(2)  # sum of the losses and number of tokens of the evaluation that is under way
-        options = {"add_special_tokens": True, "append_concat_token": True, "assistant_only_loss": False, "keep_tail": False,
-                   **(dataset_kwargs or {})}
-        if len(options) > 4:
-            raise InputError(f"dataset_kwargs {dataset_kwargs}: it may hold {', '.join(list(options)[:4])}")
-        self.max_seq_length = self.longest_row(max_seq_length)
-        self.encoding = {"tokenizer": self.tokenizer, "field": dataset_text_field, "seq2seq": self.seq2seq,
-                         "add_special_tokens": options["add_special_tokens"],
-                         "assistant_only_loss": options["assistant_only_loss"],
-                         "eos_token_id": self.tokenizer.eos_token_id if options["append_concat_token"] else None}
-        self.completions = data_collator if isinstance(data_collator, DataCollatorForCompletionOnlyLM) else None
-        flash = "flash" in str(getattr(self.model.config, "_attn_implementation", ""))
-        if data_collator is None or self.completions:
-            pad = self.tokenizer.pad_token_id
-            data_collator = Seq2SeqCollator(pad) if self.seq2seq else DataCollator(pad, flatten=flash)
-        self.data_collator = data_collator
-        self.how = how = {"formatting_func": formatting_func, "num_proc": dataset_num_proc,
-                          "batch_size": dataset_batch_size or None}
-        if packing:
-            self.train_dataset = self.pack(train_dataset, options, infinite=bool(infinite), num_of_sequences=num_of_sequences,
-                                           chars_per_token=chars_per_token, formatting_func=formatting_func)
-        else:
-            self.train_dataset = self.prepare(train_dataset, "training", **how)
-        if isinstance(eval_dataset, dict):
-            self.eval_dataset = {name: self.prepare(rows, name, **how) for name, rows in eval_dataset.items()}
-        else:
-            self.eval_dataset = self.prepare(eval_dataset, "evaluation", **how)
-
-    @staticmethod
-    def tokenizer_of(model):
-        if model is None or not model.config.name_or_path:
-            raise InputError("the model doesn't say where its tokenizer is: pass tokenizer=")
-        return load_tokenizer(model.config.name_or_path)
-
-    def longest_row(self, asked):
-        """max_seq_length, or what tokenizer and model take, at most 1024. Raises InputError where the model takes less."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        limit = positions if positions and not self.seq2seq else 10**9
-        if asked is not None and not 1 < asked <= limit:
-            raise InputError(f"max_seq_length={asked}: give 2 to {limit}, the positions that the model has")
-        return asked or min(self.tokenizer.model_max_length, limit, 1024)
-
-    def prepare(self, rows, name, formatting_func, num_proc, batch_size):
-        """Rows of text, chat or tokens -> rows of tokens, one for each. Anything but a datasets.Dataset stays as it is."""
-        if not isinstance(rows, (Dataset, IterableDataset)):
-            return rows
-        first = list(islice(iter(rows), 2))
-        if not first:
-            raise InputError(f"the {name} data set is empty")
-        if "position_ids" in first[0]:
-            return rows  # packed already
-        formatting_func = None if "input_ids" in first[0] else formatting_func
-        lazy = isinstance(rows, IterableDataset)
-        processes = {} if lazy else {"num_proc": num_proc}
-        encoding = {**self.encoding, "texts_of": formatting_func and formatter(formatting_func, first),
-                    "max_length": self.max_seq_length, "completions": self.completions}
-        with self.args.main_process_first(), explain(f"the {name} data set can't be tokenised"):
-            tokens = rows.map(tokenize, batched=True, batch_size=batch_size, remove_columns=list(first[0]), fn_kwargs=encoding,
-                              **processes)
-            kept = tokens.filter(teaches, fn_kwargs={"first": 0 if self.seq2seq else 1}, **processes)
-        if not lazy and len(kept) < len(tokens):
-            if not len(kept):
-                template = f" (response_template {self.completions.response_template!r})" if self.completions else ""
-                raise InputError(f"no row of the {name} data set has a token to learn{template} among its first "
-                                 f"{self.max_seq_length} (max_seq_length); the first row is {first[0]}")
-            if self.is_world_process_zero():
-                print(f"{len(tokens) - len(kept)} of {len(tokens)} rows of the {name} data set have no token to learn and are "
-                      "dropped")
-        return kept
-
-    def pack(self, rows, options, infinite, formatting_func, **sizes):
-        """Rows -> packed rows: a stream where the rows are one or have no end, else a data set of its own."""
-        if not isinstance(rows, (Dataset, IterableDataset)):
-            return rows
-        self._set_signature_columns_if_needed()
-        if self.completions or "position_ids" not in self._signature_columns:
-            why = "goes with rows of prompt and completion, not with a collator for completions" if self.completions else (
-                f"keeps documents apart by position_ids, which {type(self.model).__name__} doesn't take")
-            raise InputError(f"packing {why}")
-        if next(iter(rows), None) is None:
-            raise InputError("the training data set is empty")
-        packed = ConstantLengthDataset(
-            self.tokenizer, rows, self.encoding["field"], formatting_func, infinite, self.max_seq_length,
-            eos_token_id=None, seed=self.args.seed, **sizes, **options)
-        if infinite or isinstance(rows, IterableDataset):
-            return packed
-        with self.args.main_process_first(), explain("the training data set can't be packed"):
-            fingerprint = Hasher.hash((rows._fingerprint, {k: v for k, v in vars(packed).items() if k != "dataset"}))
-            kept = Dataset.from_generator(packed.__iter__, fingerprint=fingerprint) if next(iter(packed), None) else []
-        if not len(kept):
-            raise InputError(f"the training data set doesn't fill one row of max_seq_length={self.max_seq_length} tokens: give more "
-                             "text, a smaller max_seq_length, or dataset_kwargs={'keep_tail': True}")
-        if not any(map(teaches, kept)):
-            raise InputError("no packed row has a token to learn: look at the labels, or at the roles of the chats (assistant)")
-        return kept
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean cross-entropy over the tokens that are learnt: of the whole optimizer step on all ranks where their number
-        is given (num_items_in_batch), else of these. With return_outputs the logits are all computed."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        plain = self.accelerator.unwrap_model(model)
-        if self.seq2seq:
-            inputs["decoder_input_ids"] = plain.prepare_decoder_input_ids_from_labels(labels)  # shifted right
-        targets = labels if self.seq2seq else next_tokens(labels)                       # [B, T]
-        learnt = targets != IGNORE                                                      # m_t
-        with nullcontext() if return_outputs else only_logits_of(plain, learnt):
-            outputs = model(**inputs)
-        logits = outputs.logits[learnt] if return_outputs else outputs.logits           # [N, V]
-        nll = cross_entropy(logits, targets[learnt], self.args.label_smoothing_factor)  # [N]
-        if not model.training:
-            rows = nll.new_zeros(len(learnt)).index_add(0, learnt.nonzero()[:, 0], nll.detach())
-            both = torch.stack([rows, learnt.sum(1).to(rows)], 1)
-            self.seen = self.seen.to(nll.device) + self.accelerator.gather_for_metrics(both).sum(0)  # no row twice
-        tokens = max(len(nll) if num_items_in_batch is None else num_items_in_batch, 1)
-        loss = nll.sum() / tokens
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the mean over ranks, which is to come, divides by it
-        if model.training and outputs.get("aux_loss") is not None:  # of a mixture of experts: keeps their loads even
-            loss = loss + plain.config.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
-        if model.training:
-            check_finite(loss, self.state.global_step)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Trainer's, but where only the loss is wanted, only the logits that it needs are computed."""
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """Trainer's, of rows as the constructor takes them too."""
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):
-            eval_dataset = self.prepare(eval_dataset, "evaluation", **self.how)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Trainer's; its loss is the mean over all tokens of all ranks, not over batches."""
-        self.seen = torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.seen.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-
-# ------------------------------------------------------------------------------------------------ the script
-def show_samples(trainer, rows, title, out):
-    """Prints and keeps how the model goes on after the beginnings of a few rows. Not of sharded weights: one rank alone
-    can't run them."""
-    if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+# ----------------------------------------------------------------------------- the script
+def show_samples(trainer, rows, title, folder):
+    """Print and keep how the model continues a few rows. Not with sharded parameters."""
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if is_sharded or not trainer.is_world_process_zero():  # one rank alone has only its shards
         return
-    trainer.model.eval()
-    pairs = [continued(trainer, row) for row in rows]
-    print("\n".join([f"\n{title}", *(f"  {prompt} |{answer}" for prompt, answer in pairs)]))
-    with out.joinpath("samples.jsonl").open("a") as file:
-        for prompt, answer in pairs:
-            file.write(json.dumps({"update": trainer.state.global_step, "prompt": prompt, "completion": answer}) + "\n")
+    samples = []
+    for row in rows:
+        prompt, shown = sample_prompt(trainer, row)
+        ids, = common.generate(trainer.model, [torch.tensor(prompt)], trainer.tokenizer,
+                               do_sample=True, max_new_tokens=40)
+        samples.append({"update": trainer.state.global_step, "prompt": shown,
+                        "completion": trainer.tokenizer.decode(ids, skip_special_tokens=True)})
+    common.log_samples(folder, title, samples)
 
 
-def continued(trainer, row):
-    """What is given of a row, the prompt or the first tokens, and how the model goes on: two texts."""
-    tokenizer, model = trainer.tokenizer, trainer.model
-    labels = row.get("labels", row["input_ids"])
-    begin = len(row["input_ids"]) if trainer.seq2seq else next(i for i, label in enumerate(labels) if label != IGNORE)
-    room = getattr(model.config, "max_position_embeddings", None) or 10**9
-    prompt = torch.tensor([row["input_ids"][:max(begin, 3)][-max(room - 40, 1):]], device=model.device)
-    never = [tokenizer.pad_token_id] if tokenizer.pad_token_id != tokenizer.eos_token_id else None
-    answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=0,
-                            pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)[0]
-    answer = answer if trainer.seq2seq else answer[prompt.shape[1]:]
-    return tuple(tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[0], answer))
+def sample_prompt(trainer, row):
+    """Return the token ids that a sample continues, and the text to show of them.
+
+    A chat goes to the assistant's last turn; other rows to their first label, or to their third
+    token if all of them are in the loss."""
+    tokenizer = trainer.tokenizer
+    text_field = trainer.encoding["dataset_text_field"]
+    chat = row["prompt"] if is_pair(row, text_field) else row.get(text_field or "messages")
+    if is_chat(chat):
+        prompt = common.prompt_ids(tokenizer, chat)
+        shown = common.text_to_show(chat, tokenizer)
+    else:
+        ids, labels = encode(row, seq2seq=trainer.seq2seq, **trainer.encoding)
+        if trainer.completion_collator:
+            labels = trainer.completion_collator.labels(ids, IGNORE)
+        first = next((i for i, label in enumerate(labels or []) if label != IGNORE), 0)
+        prompt = ids if trainer.seq2seq else ids[:first or 3]
+        shown = tokenizer.decode(prompt, skip_special_tokens=True)
+    room = number_of_positions(trainer.model) - 40
+    return prompt[-max(room, 1):], shown
 
 
 def main(config: SFTConfig):
-    """Fine-tune a language model on texts, completions or chats. Returns the metrics of the last evaluation."""
+    """Fine-tune a language model on texts, prompts with completions, or chats.
+
+    Returns the metrics of the last evaluation."""
     out = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint and trainer_checkpoint(config.resume_from_checkpoint)
-    writable_folder(out, fresh=not checkpoint)
-    set_seed(config.seed)
-    tokenizer, model = load_language_model(config.model_name or str(TOY / "blank"), config.torch_dtype)
-    weights = model.num_parameters()
-    if weights < 10**6:
-        torch.set_num_threads(1)  # handing out such small products to threads takes longer than they do
-    if config.learning_rate is None:
-        config.learning_rate = 4e-3 * math.sqrt(1e5 / weights)  # smaller models take larger steps
-    rows = load_rows(config.dataset or TOY / "reviews.jsonl")
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = common.trainer_checkpoint(config.resume_from_checkpoint)
+    common.writable_folder(out, fresh=not checkpoint)
+    common.set_seed(config.seed)
+    tokenizer, model = common.load_language_model(
+        config.model_name or str(TOY / "blank"), config.torch_dtype)
+    common.use_few_threads(model)
+    rows = common.load_rows(config.dataset or TOY / "reviews.jsonl")
     held_out = config.eval_dataset or (None if config.dataset else TOY / "reviews_test.jsonl")
-    if held_out is None:
-        config.eval_strategy = "no"
-    template = config.response_template
-    trainer = SFTTrainer(
-        model, config, DataCollatorForCompletionOnlyLM(template, tokenizer=tokenizer) if template else None, rows,
-        held_out and load_rows(held_out), tokenizer, callbacks=[Journal(out)],
-        peft_config=lora_config(config, "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"),
-        dataset_text_field=config.dataset_text_field, packing=config.packing, max_seq_length=config.max_seq_length,
-        dataset_num_proc=config.dataset_num_proc,
-        dataset_kwargs={"assistant_only_loss": config.assistant_only_loss, "keep_tail": config.packing})
+    if held_out:
+        held_out = common.load_rows(held_out)
+    trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=held_out,
+                         tokenizer=tokenizer, callbacks=[common.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
-    shown = list(islice(trainer.eval_dataset or trainer.train_dataset, 5))
+    shown = list(islice(held_out or rows, 5))
     if not checkpoint:
         show_samples(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        metrics = last_evaluation(trainer)
+        metrics = common.last_evaluation(trainer)
     show_samples(trainer, shown, "after training", out)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        write_model_card(out, "A language model fine-tuned on texts", config, {"texts": config.dataset or "toy/reviews.jsonl"}, metrics)
+        common.write_model_card(out, "A language model fine-tuned on texts", config,
+                                {"texts": config.dataset or "toy/reviews.jsonl"}, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    run(main, SFTConfig)
+    common.run(main, SFTConfig)

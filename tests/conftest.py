@@ -181,16 +181,13 @@ def make_batch():
     `step`. start: an encoder-decoder's start token, put before each response and not counted."""
     def make(lengths=ROWS, seed=0, start=None):
         draw = torch.Generator().manual_seed(seed)
-        tokens = lambda n: torch.randint(4, VOCAB, (n,), generator=draw)
+        def tokens(n):
+            return torch.randint(4, VOCAB, (n,), generator=draw)
         first = [] if start is None else [start]
-        queries, responses = zip(
-            *((tokens(q), torch.tensor(first + tokens(r).tolist())) for q, r in lengths)
-        )
-        return (
-            list(queries),
-            list(responses),
-            list(torch.randn(len(lengths), generator=draw).unbind()),
-        )
+        pairs = [(tokens(q), torch.tensor(first + tokens(r).tolist())) for q, r in lengths]
+        queries, responses = zip(*pairs, strict=True)
+        scores = torch.randn(len(lengths), generator=draw).unbind()
+        return list(queries), list(responses), list(scores)
 
     return make
 

@@ -20,6 +20,7 @@ import pytest
 import tyro
 from transformers import TrainingArguments
 
+import common
 import ddpo
 import dpo
 import iterative_sft
@@ -154,7 +155,9 @@ def absent(script):
 @every_script
 def test_help_lists_every_field_but_those_that_are_known_at_run_time(script):
     """The documented fields that no user sets: PPO's sizes over all ranks, and the model's kind."""
-    known = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(reward.RETIRED)}.get(script, set())
+    hidden = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(common.RETIRED), "dpo": {"share_prompts"},
+              "ddpo": {"train_times_per_pass"}}
+    known = hidden.get(script, set())
     assert (
         absent(script) - {"parallelism_config"} == known
     )  # Trainer's own, a command rather than an option
@@ -334,3 +337,4 @@ def test_the_gate_runs_the_two_commands_of_the_readme(tmp_path):
         [block for block in blocks if word in block] for word in ("ppo.py", "pytest")
     )
     assert tests in calls and main in calls and calls.index(tests) < calls.index(main)
+    assert "ruff check --select E,F,W,B,I --line-length 100 ." in calls

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -36,13 +37,14 @@ from transformers import (
 
 import common
 from common import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError
-from conftest import CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 
 ARCHITECTURES = CAUSAL + SEQ2SEQ
-wrapper_of = lambda arch: (
+def wrapper_of(arch):
+    return (
     AutoModelForSeq2SeqLMWithValueHead if arch in SEQ2SEQ else AutoModelForCausalLMWithValueHead
 )
-plain_of = lambda arch: AutoModelForSeq2SeqLM if arch in SEQ2SEQ else AutoModelForCausalLM
+def plain_of(arch):
+    return AutoModelForSeq2SeqLM if arch in SEQ2SEQ else AutoModelForCausalLM
 
 
 def example(arch="gpt2"):
@@ -66,7 +68,7 @@ def outputs(model, arch="gpt2", **kwargs):
 
 
 def same_model(model, other, arch="gpt2"):
-    for a, b in zip(outputs(model, arch), outputs(other, arch)):
+    for a, b in zip(outputs(model, arch), outputs(other, arch), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
@@ -291,6 +293,12 @@ def test_prompts_are_chats_whose_last_answer_is_left_off(column, prompts):
     (row,) = prompts([{column: [user, assistant, {**user, "content": "w6"}]}])
     assert row["input_ids"] == [1, 4, 3, 5, 1, 6, EOS]
     assert row["shown"] == "w6"  # samples show the last user turn, without the template
+
+
+def test_a_chat_has_its_last_user_turn_to_show(prompts):
+    chat = [{"role": role, "content": f"w{i}"}
+            for i, role in enumerate(("system", "user", "assistant", "user"), start=4)]
+    assert prompts([{"messages": chat}])[0]["shown"] == "w7"
 
 
 def test_prompts_are_truncated_to_their_first_tokens(prompts):
@@ -718,6 +726,15 @@ def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
     assert [row["update"] for row in lines(tmp_path) if "loss" in row] == [4]
 
 
+def test_a_journals_bar_says_the_phase(tmp_path, capsys):
+    journal, state = common.Journal(tmp_path, ("waiting", "working")), TrainerState(max_steps=2)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for event in ("train_begin", "epoch_begin", "epoch_end", "train_end"):
+        getattr(journal, f"on_{event}")(args, state, TrainerControl())
+    printed = capsys.readouterr().err
+    assert printed.index("waiting") < printed.index("working") < printed.rindex("waiting")
+
+
 def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):
     journal, state = (
         common.Journal(tmp_path),
@@ -778,6 +795,28 @@ def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_
         common.trainer_checkpoint(run_folder / "checkpoint-2")
     (run_folder / "checkpoint-9").mkdir()
     assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
+
+
+@pytest.mark.parametrize("keep, best, left", [
+    (None, None, [2, 4, 10]), (1, None, [10]), (2, None, [4, 10]), (1, "x/checkpoint-2", [2, 10]),
+])
+def test_a_new_checkpoint_is_renamed_when_complete_and_old_ones_go(keep, best, left, tmp_path):
+    alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    for number in (2, 4, 10):
+        with common.new_checkpoint(alone, tmp_path, number, keep, best) as folder:
+            (folder / "state").touch()
+            assert not (tmp_path / f"checkpoint-{number}").exists()
+    found = [int(path.parent.name[11:]) for path in tmp_path.glob("checkpoint-*/state")]
+    assert sorted(found) == left
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):
+    alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    with common.new_checkpoint(alone, tmp_path, 1, keep=1):
+        pass
+    with pytest.raises(OSError), common.new_checkpoint(alone, tmp_path, 2, keep=1):
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 # ----------------------------------------------------------------------- log-probabilities, dropout
@@ -841,7 +880,8 @@ def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mod
     arch, changes, make_model
 ):
     model = make_model(arch, lora="trained", **changes).train()
-    logits = lambda: model(**example(arch))[0].detach()
+    def logits():
+        return model(**example(arch))[0].detach()
     assert not torch.equal(logits(), logits())
     common.disable_dropout(model)
     assert model.training and torch.equal(logits(), logits())
@@ -920,7 +960,8 @@ def test_the_head_s_dropout_is_drawn_in_train_mode_alone(make_hf_model):
     )
     torch.nn.init.normal_(model.v_head.summary.weight)
     model.pretrained_model.eval()
-    values = lambda: model(**example())[2].detach()
+    def values():
+        return model(**example())[2].detach()
     model.v_head.train()
     assert not torch.equal(values(), values())
     model.v_head.eval()
@@ -1038,6 +1079,7 @@ def test_a_folder_of_trl_0_7_has_the_head_within_the_model_s_file(kind, make_mod
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_a_head_on_the_hub_is_found_in_either_kind_of_file(file, make_model, tmp_path, monkeypatch):
     import fnmatch
+
     import huggingface_hub
 
     head = {
@@ -1076,9 +1118,10 @@ def test_the_state_dict_has_the_model_s_own_names_and_comes_back(make_model):
 @pytest.mark.parametrize("prob", [None, 0.3])
 def test_the_head_s_dropout_comes_from_the_argument_or_the_config(prob, make_hf_model):
     plain, own = make_hf_model("gpt2"), make_hf_model("gpt2", summary_dropout_prob=0.2)
-    load = lambda model: AutoModelForCausalLMWithValueHead.from_pretrained(
-        model, summary_dropout_prob=prob
-    )
+    def load(model):
+        return AutoModelForCausalLMWithValueHead.from_pretrained(
+            model, summary_dropout_prob=prob
+        )
     assert load(plain).v_head.dropout.p == (prob or 0.0) and load(own).v_head.dropout.p == (
         prob or 0.2
     )
@@ -1253,7 +1296,7 @@ def test_a_reward_adapter_scores_on_the_policy_s_base_and_leaves_the_policy_alon
         torch.stack([scores[0, 4, 0], scores[1, 2, 0]]), want, atol=1e-5, rtol=1e-5
     )
     assert scores.shape == (2, 5, 1) and all(
-        torch.equal(a, b) for a, b in zip(before, outputs(model))
+        torch.equal(a, b) for a, b in zip(before, outputs(model), strict=True)
     )
     assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any("reward" in name or "score" in name for name in trainable)

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -90,8 +89,10 @@ def brightness(images, prompts, metadata):
 def make_trainer(make_pipeline, tmp_path):
     """make_trainer(reward, use_lora=False, hook=None, scheduler={}, lora_alpha=4, kind=Recorder,
     **fields of DDPOConfig): 3 denoising steps of 2 x 2 images, prompts in turn."""
-    def make(reward=brightness, use_lora=False, hook=None, scheduler={}, lora_alpha=4,
+    def make(reward=brightness, use_lora=False, hook=None, scheduler=None, lora_alpha=4,
              kind=Recorder, **fields):
+        if scheduler is None:
+            scheduler = {}
         config = DDPOConfig(**{
             "sample_num_steps": 3, "sample_batch_size": 2, "train_batch_size": 2,
             "mixed_precision": "no", "save_freq": 1000, "output_dir": str(tmp_path / "out"),
@@ -296,8 +297,8 @@ def test_advantages_are_clipped_on_both_sides(advantage, loss, make_trainer):
 def test_advantages_of_a_batch_have_mean_0_and_spread_1():
     # mean 6, squares 9 + 16 + 4 + 1 = 30, standard deviation sqrt(7.5)
     want = np.array([-3, 4, -2, 1]) / math.sqrt(7.5)
-    assert ddpo.normalise([3, 10, 4, 7]).tolist() == pytest.approx(want.tolist())
-    assert ddpo.normalise([2.0, 2.0]).tolist() == [0, 0]
+    assert ddpo.normalize([3, 10, 4, 7]).tolist() == pytest.approx(want.tolist())
+    assert ddpo.normalize([2.0, 2.0]).tolist() == [0, 0]
 
 
 def test_integer_rewards_give_fractional_advantages():
@@ -314,6 +315,23 @@ def test_a_prompt_is_compared_with_itself_once_enough_is_remembered():
     tracker.update(["a"], [9.0])                     # the buffer forgets the 0
     stats = tracker.get_stats()["a"]
     assert stats == {"mean": 5.0, "std": pytest.approx(np.std([2, 4, 9])), "count": 3}
+
+
+def test_images_of_one_prompt_are_compared_among_themselves():
+    prompts = ["easy", "hard", "easy", "hard", "alone"]
+    got = ddpo.normalize_by_prompt(prompts, [0.9, 0.2, 0.8, 0.1, 0.5])
+    assert got.tolist() == pytest.approx([1, 1, -1, -1, 0], abs=1e-5)
+
+
+@pytest.mark.parametrize("fields, want", [
+    ({}, [1.13, 0.85, -0.85, -1.13]),  # an easy prompt's worse image counts as good
+    ({"pictures_per_prompt": 2}, [1, -1, 1, -1])])
+def test_with_several_images_per_prompt_the_better_one_has_the_advantage(fields, want,
+                                                                         make_trainer):
+    trainer = make_trainer(**fields)
+    rewards = torch.tensor([0.9, 0.8, 0.2, 0.1])
+    got, _ = trainer.compute_advantages(["easy"] * 2 + ["hard"] * 2, rewards)
+    assert got.tolist() == pytest.approx(want, abs=0.01)
 
 
 # ------------------------------------------------------------------------- numbers of TRL 0.7.10
@@ -357,14 +375,14 @@ def shape(prompt, paint=1.0, dx=0.0, dy=0.0, size=32):
     _, colour, shape = prompt.split()
     axis = (torch.arange(size) + 0.5) * 4 / size - 2
     inside = ddpo.SHAPES[shape](axis[None, :] - dx, axis[:, None] - dy).float() * paint
-    return 1 - inside * (1 - torch.tensor(ddpo.COLOURS[colour]).float().view(3, 1, 1))
+    return 1 - inside * (1 - torch.tensor(ddpo.COLORS[colour]).float().view(3, 1, 1))
 
 
 def align(image, prompt):
     return ddpo.shape_alignment(image[None], [prompt], [{}])[0]
 
 
-ALL = [f"a {colour} {shape}" for colour in ddpo.COLOURS for shape in ddpo.SHAPES]
+ALL = [f"a {colour} {shape}" for colour in ddpo.COLORS for shape in ddpo.SHAPES]
 
 
 @pytest.mark.parametrize("prompt", ALL)
@@ -598,10 +616,10 @@ def test_an_update_makes_better_samples_likelier_and_worse_ones_less(make_traine
 @pytest.mark.parametrize("tracking", [False, True], ids=["by the batch", "by the prompt"])
 def test_a_sample_keeps_its_prompt_latents_and_advantage_through_all_shuffles(tracking,
                                                                             make_trainer):
-    pictures, values = {}, dict(zip(PROMPTS, [1.0, 5.0, 2.0, 4.0]))
+    pictures, values = {}, dict(zip(PROMPTS, [1.0, 5.0, 2.0, 4.0], strict=True))
 
     def reward(images, prompts, metadata):
-        pictures.update(zip(prompts, images))
+        pictures.update(zip(prompts, images, strict=True))
         return [values[prompt] for prompt in prompts]
 
     trainer = make_trainer(reward, train_num_inner_epochs=3, negative_prompts="a red square",
@@ -614,7 +632,7 @@ def test_a_sample_keeps_its_prompt_latents_and_advantage_through_all_shuffles(tr
         trainer.calls.clear()
         trainer.step(epoch, trainer.stats.get("global_step", 0))
         rewards = list(values.values())
-        want = tracker.update(PROMPTS, rewards) if tracking else ddpo.normalise(rewards)
+        want = tracker.update(PROMPTS, rewards) if tracking else ddpo.normalize(rewards)
         times = sorted({t for call in trainer.calls for t in call.timesteps.tolist()})
         for call in trainer.calls:
             negative, positive = call.embeds.chunk(2)
@@ -896,6 +914,40 @@ def test_a_config_of_another_trainer_is_refused(make_pipeline):
      "per_prompt_stat_tracking_min_count=32")])
 def test_sizes_that_do_not_fit_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
+        DDPOConfig(**fields)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"train_times_per_pass": 2}, "train_times_per_pass=2: this option is gone"),
+    ({"train_learning_rate": float("nan")}, "train_learning_rate=nan"),
+    ({"train_learning_rate": -1e-4}, "train_learning_rate=-0.0001"),
+    ({"train_adam_beta2": 1.0}, "train_adam_beta2=1.0"),
+    ({"sample_guidance_scale": float("inf")}, "sample_guidance_scale=inf"),
+    ({"num_samples": -1}, "num_samples=-1"),
+    ({"mixed_precision": "half"}, "mixed_precision='half'.*fp16"),
+    ({"log_with": "paper"}, "log_with='paper'.*tensorboard"),
+    ({"pictures_per_prompt": 2, "per_prompt_stat_tracking": True},
+     "pictures_per_prompt=2.*per_prompt_stat_tracking")])
+def test_a_value_that_no_run_can_use_is_one_sentence(fields, words):
+    with pytest.raises(InputError, match=words):
+        DDPOConfig(**fields)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"sample_num_steps": 1001}, "sample_num_steps=1001.* 1000 timesteps"),
+    ({"accelerator_kwargs": {"gpu": True}}, "accelerator_kwargs=.*no argument gpu"),
+    ({"project_kwargs": {"folder": "x"}}, "project_kwargs=.*no argument folder")])
+def test_what_the_scheduler_or_accelerate_can_not_do_is_one_sentence(fields, words, make_trainer):
+    with pytest.raises(InputError, match=words) as error:
+        make_trainer(**fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields, name", [
+    ({"max_workers": 3}, "max_workers=3 has no effect without async_reward_computation"),
+    ({"lora_r": 8, "use_lora": False}, "lora_r=8 has no effect without use_lora")])
+def test_an_option_without_effect_is_a_warning(fields, name):
+    with pytest.warns(UserWarning, match=name):
         DDPOConfig(**fields)
 
 

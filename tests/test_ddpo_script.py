@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,8 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common import TOY, InputError
-from ddpo import (DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, ScriptConfig,
-                  main)
+from ddpo import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, ScriptConfig, main
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"
@@ -114,6 +114,19 @@ def test_images_before_and_after_differ_by_nothing_but_training(tmp_path):
     assert Image.open(tmp_path / "before.png") == Image.open(tmp_path / "after.png")
 
 
+def test_the_change_is_printed_per_image_with_its_standard_error(tmp_path, capsys):
+    main(small(tmp_path, num_samples=3, sample_batch_size=2, train_batch_size=2))
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    pairs = zip(rows[:3], rows[3:], strict=True)
+    change = [after["reward"] - before["reward"] for before, after in pairs]
+    mean = statistics.mean(change)
+    error = statistics.stdev(change) / 3**0.5
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training:" in line]
+    assert [line.split()[0] for line in lines] == ["before", "after"]
+    assert "per image" not in lines[0]
+    assert f"change per image {mean:+.3f} ± {error:.3f}" in lines[1]
+
+
 def test_metrics_hold_a_line_per_epoch(finished_run):
     rows = metrics(finished_run[0])
     assert [row["update"] for row in rows] == [1, 2]
@@ -133,16 +146,19 @@ def test_full_training_moves_all_of_the_unet_and_nothing_else(tmp_path):
     plain, toy = (StableDiffusionPipeline.from_pretrained(folder)
                   for folder in (tmp_path, TOY / "pipeline"))
     for part in ("unet", "vae", "text_encoder"):
-        pairs = zip(getattr(plain, part).parameters(), getattr(toy, part).parameters())
+        pairs = zip(getattr(plain, part).parameters(), getattr(toy, part).parameters(), strict=True)
         assert {not torch.equal(a, b) for a, b in pairs} == {part == "unet"}, part
 
 
 def test_any_function_in_a_file_may_be_the_reward(tmp_path):
     (tmp_path / "mine.py").write_text("""
+from neighbor import offset
+
 def red(images, prompts, rows):
     assert images.shape == (2, 3, 32, 32) and [row["kind"] for row in rows] == ["test"] * 2
-    return images[:, 0].mean(dim=(1, 2)) + len(prompts)
+    return images[:, 0].mean(dim=(1, 2)) + offset
 """)
+    (tmp_path / "neighbor.py").write_text("offset = 2")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "kind": "test"}\n')
     stats = main(small(tmp_path / "out", reward_function=f"{tmp_path}/mine.py:red",
                        prompts=str(tmp_path / "p.jsonl"), sample_batch_size=2,
@@ -207,7 +223,7 @@ def logged_run(folder, kind, kill=0, **fields):
     """Four epochs of two batches. The reward logs what it is shown, and kills the process in its
     call number `kill`."""
     (folder / "reward.py").write_text(REWARD.format(log=str(folder / "shown.jsonl"), kill=kill))
-    main(small(folder / "out", num_epochs=4, use_lora=kind == "lora", pictures_per_prompt=3,
+    main(small(folder / "out", num_epochs=4, use_lora=kind == "lora", pictures_per_prompt=2,
                save_freq=2 if kind == "lora" else 1,
                reward_function=f"{folder}/reward.py:brightness", **fields))
 
@@ -228,7 +244,7 @@ def killed_runs(folder):
                 if kind == "full":
                     save, calls = accelerate.Accelerator.save_state, itertools.count(1)
 
-                    def killed_save(*args, **kwargs):
+                    def killed_save(*args, save=save, calls=calls, **kwargs):
                         save(*args, **kwargs)
                         if next(calls) == 3:
                             os.kill(os.getpid(), signal.SIGKILL)
@@ -265,7 +281,7 @@ def test_a_killed_run_resumes_to_exactly_the_same_numbers(kind, tmp_path, tmp_pa
     want = shown(tmp_path)
     assert before == want[:len(before)] and shown(cut)[len(before):] == want[4:]
     prompts = [prompt for batch, _ in want for prompt in batch]
-    assert len(set(prompts[:3])) == len(set(prompts[3:6])) == len(set(prompts[6:])) == 1
+    assert all(first == second for first, second in zip(prompts[::2], prompts[1::2], strict=True))
     assert len(set(prompts)) > 1
     names = {path.name for path in (cut / "out").iterdir()}
     assert "checkpoint-4" in names and "checkpoint.tmp" not in names
@@ -294,7 +310,8 @@ EIGHT = ["a red circle", "a blue square", "a green triangle", "a yellow circle"]
 def reward_of_number_and_image(images, prompts, numbers):
     # far apart, for the same prompt too: advantages divide by the spread of the rewards, and a
     # spread near 0 would magnify the rounding of the images
-    return [3 * number % 7 + image.mean().item() for number, image in zip(numbers, images)]
+    pairs = zip(numbers, images, strict=True)
+    return [3 * number % 7 + image.mean().item() for number, image in pairs]
 
 
 def two_epochs(folder, kind, rank, ranks):
@@ -410,7 +427,7 @@ def test_two_ranks_end_with_the_weights_of_one_process(kind, ranks):
 
 def test_each_rank_draws_noise_of_its_own(ranks):
     mine, other = (torch.load(ranks / f"images-{rank}.pt") for rank in (0, 1))
-    assert not any(torch.equal(a, b) for a, b in zip(mine, other))
+    assert not any(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
 def test_two_ranks_resume_to_exactly_the_same_numbers(ranks):

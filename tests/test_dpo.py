@@ -6,24 +6,33 @@ the plain model run on one answer at a time.
     python -m pytest -q tests/test_dpo.py
 """
 import copy
+import dataclasses
 import json
 import math
 import sys
 import types
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from transformers import (GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config,
-                          T5ForConditionalGeneration, TrainingArguments)
-
-from common import InputError
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
-from dpo import DPODataCollatorWithPadding, DPOTrainer
+from datasets import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
+)
+
+import dpo
+from common import InputError
+from dpo import DPOConfig, DPODataCollatorWithPadding, DPOTrainer
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_dpo.json").read_text())
 LN2 = math.log(2)
@@ -180,7 +189,8 @@ def same_gradients(got, want):
 
 
 # -------------------------------------------------------- the numbers of TRL 0.7.10
-cases = lambda part: pytest.mark.parametrize("case", RECORDED[part], ids=lambda case: case["name"])
+def cases(part):
+    return pytest.mark.parametrize("case", RECORDED[part], ids=lambda case: case["name"])
 
 
 @cases("losses")
@@ -322,7 +332,8 @@ def test_the_gradient_of_log_probabilities_is_that_of_log_softmax():
     logits, labels = torch.randn(2, 150, 11), torch.randint(11, (2, 150))
     labels[:, :20] = labels[0, -30:] = -100
     weights, grads = torch.tensor([1.5, -0.5]), []
-    plain = lambda x: x[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    def plain(x):
+        return x[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
     for function in (lambda x: DPOTrainer.get_batch_logps(x, labels),
                      lambda x: (plain(x) * (labels[:, 1:] != -100)).sum(1)):
         leaf = logits.clone().requires_grad_()
@@ -384,7 +395,7 @@ LONG = " ".join(f" w{i}" for i in range(30, 50))
     ((22, None), 11, 11),
     ((16, None), 8, 8)])
 def test_long_rows_are_truncated_and_answers_end_in_eos(limits, prompt, answer, tokenize):
-    limits = dict(zip(("max_length", "max_prompt_length"), limits))
+    limits = dict(zip(("max_length", "max_prompt_length"), limits, strict=True))
     kept = {"keep_end": ids("<s>") + ids(PROMPT)[len(ids(PROMPT)) - (prompt - 1):],
             "keep_start": ids("<s> " + PROMPT)[:prompt]}
     for mode, start in kept.items():
@@ -482,7 +493,8 @@ def test_an_answer_ends_at_its_end_token_not_at_the_white_space_of_the_template(
     model = hf_model("llama", max_position_embeddings=256)
     given = row([user("a")], [assistant("yes")], [assistant("no")])
     tokens = tokenize(given, tokenizer, model=model)
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
     prompt = encode("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
     assert tokens["chosen_input_ids"] == prompt + encode("yes<|im_end|>")
     assert tokens["rejected_labels"] == [-100] * len(prompt) + encode("no<|im_end|>")
@@ -823,7 +835,7 @@ def test_null_ref_context_gives_the_policy_back_when_something_fails(kind, make)
     policy = forward(trainer, batch)
     with pytest.raises(ZeroDivisionError), trainer.null_ref_context():
         reference = forward(trainer, batch)
-        1 / 0
+        raise ZeroDivisionError
     agree(forward(trainer, batch), policy)
     assert not moved(before, trainer.model)
     if kind != "copy of the policy":  # there the policy is all that there is
@@ -1060,12 +1072,17 @@ def test_model_init_makes_the_model_and_its_reference(init, make):
     assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-5)
 
 
+def copier(model):
+    """A function without arguments that returns a copy of the model."""
+    return lambda: copy.deepcopy(model)
+
+
 def test_adapters_with_model_init_train_against_themselves_as_they_were(make):
     """Trainer makes the model again for each run: the reference belongs to the one that trains."""
     args = {"max_steps": 3, "per_device_train_batch_size": 6}
     for model, adapter in ((trained_lora(), None), (hf_model("gpt2"), gpt2_lora())):
         logged = []
-        for init in (None, lambda: copy.deepcopy(model)):
+        for init in (None, copier(model)):
             given = None if init else copy.deepcopy(model)
             trainer = make(given, model_init=init, peft_config=adapter, args=args)
             before = weights_of(trainer.model)
@@ -1102,6 +1119,131 @@ def test_a_loss_that_is_not_a_number_stops_the_run_before_a_weight_moves(make):
         warnings.simplefilter("ignore")
         trainer.train()
     assert moved(before, trainer.model) <= {"transformer.wte.weight"}
+
+
+# -------------------------------------------------------- the config
+def own_config(folder, **fields):
+    """A DPOConfig of the small runs, on rows in their order."""
+    return DPOConfig(**{
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 2,
+        "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential", "use_cpu": True,
+        "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, **fields})
+
+
+def test_a_config_alone_trains_and_stays_as_it_was(tokenizer, tmp_path):
+    args, rows = own_config(tmp_path), Dataset.from_list(ROWS)
+    before = args.to_dict()
+    trainer = DPOTrainer(hf_model("gpt2"), args=args, train_dataset=rows, tokenizer=tokenizer)
+    trainer.train()
+    assert args.to_dict() == before and args.learning_rate is None
+    assert trainer.args.eval_strategy == "no" and trainer.beta == 0.1
+    weights = sum(p.numel() for p in trainer.model.parameters())
+    assert trainer.args.learning_rate == pytest.approx(5e-4 * math.sqrt(1e5 / weights))
+    assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-5)
+
+
+def test_the_fields_of_a_config_are_the_arguments_of_the_trainer(make, tokenizer, tmp_path):
+    hf_model("gpt2", seed=1).save_pretrained(tmp_path / "reference")
+    arguments = {"beta": 0.7, "loss_type": "ipo", "max_length": 12, "max_prompt_length": 4,
+                 "truncation_mode": "keep_start"}
+    logged = []
+    for fields, given in ((arguments, {}), ({}, arguments), (arguments, arguments)):
+        args = own_config(tmp_path, learning_rate=1e-2, **fields,
+                          ref_model_name=str(tmp_path / "reference"))
+        trainer = DPOTrainer(hf_model("gpt2"), args=args, tokenizer=tokenizer, **given,
+                             train_dataset=Dataset.from_list(LONG_PROMPTS))
+        trainer.train()
+        logged.append(losses(trainer))
+    direct = make("gpt2", hf_model("gpt2", seed=1), rows=LONG_PROMPTS, **arguments)
+    direct.train()
+    for other in logged:
+        agree(other, losses(direct))
+
+
+def test_an_argument_wins_over_a_field_that_is_not_set_and_two_that_disagree_are_refused(
+        tokenizer, tmp_path):
+    args = own_config(tmp_path, loss_type="ipo")
+    given = {"args": args, "tokenizer": tokenizer}
+    trainer = DPOTrainer(hf_model("gpt2"), beta=0.5, **given)
+    assert (trainer.beta, trainer.loss_type) == (0.5, "ipo")
+    with pytest.raises(InputError, match="loss_type='hinge'.*loss_type='ipo'"):
+        DPOTrainer(hf_model("gpt2"), loss_type="hinge", **given)
+
+
+def test_lora_r_in_a_config_puts_an_adapter_on_the_policy(tokenizer, tmp_path):
+    trainer = DPOTrainer(hf_model("llama"), args=own_config(tmp_path, lora_r=4),
+                         tokenizer=tokenizer, train_dataset=Dataset.from_list(ROWS))
+    before = weights_of(trainer.model)
+    trainer.train()
+    names = moved(before, trainer.model)
+    assert names and all("lora_" in name and ".default." in name for name in names)
+
+
+def test_each_loss_of_the_table_is_a_choice_of_the_config_and_is_computed():
+    annotations = {field.name: field.type for field in dataclasses.fields(DPOConfig)}
+    assert set(get_args(annotations["loss_type"])) == set(dpo.LOSSES)
+    logps = [torch.randn(3) for _ in range(4)]
+    for name in dpo.LOSSES:
+        assert torch.isfinite(dpo.preference_losses(*logps, loss_type=name)).all()
+    with pytest.raises(InputError, match="loss_type='simop'"):
+        dpo.preference_losses(*logps, loss_type="simop")
+
+
+@pytest.mark.parametrize("loss_type", dpo.LOSSES)
+def test_each_loss_gets_sums_or_means_as_the_table_says(loss_type, make):
+    trainer = make(loss_type=loss_type)
+    batch, mean = batch_of(trainer), dpo.LOSSES[loss_type].takes_mean
+    agree(forward(trainer, batch), plain_logps(trainer.model, trainer, mean), atol=2e-5)
+    _, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+    want = plain_logps(trainer.model, trainer, mean)[0].mean()
+    agree(metrics["logps/chosen"], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("fields, names", [
+    ({"learning_rate": math.nan}, "learning_rate=nan"),
+    ({"learning_rate": -1e-3}, "learning_rate=-0.001"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+    ({"lora_r": -1}, "lora_r=-1"),
+    ({"beta": 0.0}, "beta=0.0"),
+    ({"label_smoothing": 0.5}, "label_smoothing=0.5"),
+    ({"max_length": 1}, "max_length=1"),
+    ({"loss_type": "dpo"}, "loss_type='dpo'.*sigmoid"),
+    ({"truncation_mode": "middle"}, "truncation_mode='middle'.*keep_end"),
+    ({"share_prompts": True}, "share_prompts=True")])
+def test_a_config_refuses_values_out_of_range(fields, names, tmp_path):
+    with pytest.raises(InputError, match=names):
+        DPOConfig(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
+# -------------------------------------------------------- large batches
+@pytest.mark.parametrize("rows", (ROWS + LONG_PROMPTS, LONG_ANSWERS, ROWS[:1]),
+                         ids=("mixed", "answers", "one"))
+def test_a_large_batch_runs_in_parts_by_length_and_gives_the_same_numbers(rows, make):
+    results = []
+    for size in (2, 8):
+        trainer = make("gpt2", hf_model("gpt2", seed=1), rows=rows,
+                       args={"per_device_train_batch_size": size})
+        calls = []
+        trainer.model.register_forward_pre_hook(lambda *args, calls=calls: calls.append(args))
+        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+        loss.backward()
+        rows_of_both_answers = 2 * len(trainer.train_dataset)
+        assert len(calls) == {2: 1, 8: min(4, rows_of_both_answers)}[size]
+        grads = {name: p.grad for name, p in trainer.model.named_parameters()}
+        results.append((loss, metrics, grads))
+    (loss, metrics, grads), (other_loss, other_metrics, other_grads) = results
+    agree(other_loss, loss, atol=1e-5)
+    agree(list(other_metrics.values()), list(metrics.values()), atol=2e-5)
+    same_gradients(other_grads, grads)
+
+
+def test_rows_of_similar_length_are_batched_together_if_asked(make):
+    trainer = make(args={"train_sampling_strategy": "group_by_length"})
+    lengths = [len(row["chosen_labels"]) + len(row["rejected_labels"])
+               for row in trainer.train_dataset]
+    assert trainer.train_dataset["length"][:] == lengths
+    trainer.train()
+    assert len(losses(trainer)) == 2
 
 
 # -------------------------------------------------------- evaluation
@@ -1159,9 +1301,10 @@ def test_samples_are_drawn_from_the_distribution(make):
         batch = batch_of(trainer)
         once, again = (trainer.get_batch_samples(trainer.model, batch)[0] for _ in range(2))
         assert len(once) == len(ROWS) and once != again
-        assert all(text.startswith(pair["prompt"]) for text, pair in zip(once, ROWS))
+        assert all(text.startswith(pair["prompt"]) for text, pair in zip(once, ROWS, strict=True))
         most = 12 if arch == "t5" else 24 - batch["prompt_input_ids"].shape[1]
-        added = [text.count("w") - pair["prompt"].count("w") for text, pair in zip(once, ROWS)]
+        added = [text.count("w") - pair["prompt"].count("w")
+                 for text, pair in zip(once, ROWS, strict=True)]
         assert max(added) > most // 2 and max(added) <= most
 
 
@@ -1235,6 +1378,16 @@ def test_samples_reach_the_trackers_and_the_file(make, wandb):
     assert table == (list(want), [list(want.values())])
 
 
+def test_samples_of_chats_show_the_last_user_turn_and_no_template(make, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    trainer = make("gpt2", eval_rows=[row(EARLIER, YES, NO)], tokenizer=tokenizer, max_length=16,
+                   generate_during_eval=True)
+    trainer.evaluate()
+    (line,) = Path(trainer.args.output_dir, "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == "w6"
+
+
 def test_samples_are_of_a_few_prompts_of_the_set_other_ones_at_other_steps(make):
     trainer = make("gpt2", eval_rows=ROWS, generate_during_eval=True, max_length=10,
                    args={"per_device_eval_batch_size": 3, "eval_strategy": "steps",
@@ -1282,6 +1435,33 @@ def test_a_reference_that_would_train_along_is_refused(make):
         make(model, hf_model("gpt2", seed=1), peft_config=lora())
     with pytest.raises(InputError, match="peft_config"):
         make(trained_lora(), peft_config=lora())
+
+
+def test_a_reference_without_effect_is_refused(make):
+    for given in ({"ref_model": hf_model("gpt2", seed=1)},
+                  {"model": two_adapters(), "model_adapter_name": "policy",
+                   "ref_adapter_name": "reference"}):
+        with pytest.raises(InputError, match="reference_free=True"):
+            make(**{"model": "gpt2", **given}, reference_free=True)
+    with pytest.raises(InputError, match="ref_adapter_name"):
+        make(two_adapters(), hf_model("gpt2", seed=1), model_adapter_name="policy",
+             ref_adapter_name="reference")
+    with pytest.raises(InputError, match="ref_adapter_name='policy'"):
+        make(two_adapters(), model_adapter_name="policy", ref_adapter_name="policy")
+    with pytest.raises(InputError, match="adapter 'reference'"):
+        make(two_adapters(), model_adapter_name="policy")
+
+
+def test_shared_prompts_are_gone(make):
+    with pytest.raises(InputError, match="share_prompts=False"):
+        make(share_prompts=False)
+
+
+def test_a_warning_names_an_option_without_effect(make):
+    for given in ({"max_target_length": 9}, {"precompute_ref_log_probs": True}):
+        (name,) = given
+        with pytest.warns(UserWarning, match=f"{name}.*no effect"):
+            make(**given, reference_free=True)
 
 
 def test_a_tokenizer_without_pad_token_is_refused(make, make_tokenizer):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HOME, hf_model
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, pipeline
 
 from common import TOY, InputError
-from conftest import HOME, hf_model
 from dpo import DPOConfig, DPOTrainer, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def test_a_run_leaves_a_model_that_the_plain_classes_load(finished_run):
     out, printed, _ = finished_run
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     before = AutoModelForCausalLM.from_pretrained(TOY / "model")
-    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
     write = pipeline("text-generation", model=str(out), tokenizer=tokenizer)
     text = write("the plot was", max_new_tokens=4)
     assert text[0]["generated_text"].startswith("the plot was")
@@ -313,9 +313,11 @@ JOBS = {"plain": {},
         "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2,
                         "logging_steps": 3},
         "lora": {"lora_r": 4},
+        "large": {"per_device_train_batch_size": 12},
         "shards": {"fsdp": "full_shard", "fsdp_config": LAYERS}}
 # the same on one process; the others are compared with "plain"
-ONE = {"plain": {}, "lora": {"lora_r": 4}, "accumulated": {"logging_steps": 3}}
+ONE = {"plain": {}, "lora": {"lora_r": 4}, "accumulated": {"logging_steps": 3},
+       "large": {"per_device_train_batch_size": 24}}
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +336,7 @@ def ranks(tmp_path_factory):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-6000:]
     for name, more in ONE.items():
-        run(folder / f"{name}_one", **fields, **more, per_device_train_batch_size=8)
+        run(folder / f"{name}_one", **{**fields, "per_device_train_batch_size": 8, **more})
     return folder
 
 

@@ -7,18 +7,35 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling,
-                          DataCollatorForSeq2Seq, EarlyStoppingCallback, GPT2Config,
-                          GPT2ForSequenceClassification, GPT2LMHeadModel, MixtralConfig,
-                          MixtralForCausalLM, T5Config, T5ForConditionalGeneration,
-                          TrainerCallback, TrainingArguments)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from common import InputError
-from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
-from iterative_sft import IterativeSFTTrainer, best_of, cross_entropy, next_tokens
+from iterative_sft import (
+    IterativeSFTConfig,
+    IterativeSFTTrainer,
+    best_of,
+    cross_entropy,
+    next_tokens,
+)
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_isft.json").read_text())
 IGNORE = -100  # the label of a token that is not trained on
@@ -123,15 +140,16 @@ def row_loss(model, ids, labels=None):
 
 
 def mean_loss(model, rows, labels=None):
-    sums, counts = zip(*map(lambda *row: row_loss(model, *row), rows, labels or rows))
+    sums, counts = zip(*map(lambda *row: row_loss(model, *row), rows, labels or rows), strict=True)
     return sum(sums) / sum(counts)
 
 
 def gradient(model, loss):
-    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    names, parameters = zip(*trained, strict=True)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return {name: torch.zeros_like(p) if g is None else g
-            for name, p, g in zip(names, parameters, gradients)}
+            for name, p, g in zip(names, parameters, gradients, strict=True)}
 
 
 def norm(gradients):
@@ -409,6 +427,81 @@ def test_noise_on_the_embeddings_is_on_in_training_alone(make):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-5)
 
 
+# ----------------------------------------------------------------- the config
+@pytest.fixture
+def config(tmp_path):
+    """config(**fields) -> an IterativeSFTConfig for a few quiet steps."""
+    def make(**fields):
+        return IterativeSFTConfig(**{"output_dir": str(tmp_path / "out"), "disable_tqdm": True,
+                                     "logging_strategy": "no", "save_strategy": "no", **fields})
+
+    return make
+
+
+def test_a_config_alone_trains(tmp_path, tokenizer, weights, moved):
+    model = still()
+    before = weights(model)
+    config = IterativeSFTConfig(output_dir=str(tmp_path))
+    assert IterativeSFTTrainer(model, args=config).step(tokens(5, 9))["learning_rate"] == 1e-4
+    assert moved(before, model)
+
+
+@pytest.mark.parametrize("mode", ["keep_end", "keep_start"])
+def test_the_trainer_reads_its_config(make, config, mode):
+    rows = tokens(9, 4)
+    args = config(max_length=5, truncation_mode=mode, optimize_device_cache=True, **SGD)
+    trainer = IterativeSFTTrainer(still(), args)
+    cut = [row[-5:] if mode == "keep_end" else row[:5] for row in rows]
+    assert trainer.step(rows) == make(**SGD).step(cut)
+    assert trainer.optimize_device_cache and args.max_steps == trainer.args.max_steps == -1
+
+
+def test_an_argument_wins_over_the_config_s_default_and_may_not_contradict_it(config):
+    trainer = IterativeSFTTrainer(still(), config(), max_length=5, truncation_mode="keep_start")
+    assert (trainer.max_length, trainer.truncation_mode) == (5, "keep_start")
+    with pytest.raises(InputError, match="max_length=5.*max_length=7") as error:
+        IterativeSFTTrainer(still(), config(max_length=7), max_length=5)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_a_rank_in_the_config_puts_an_adapter_on_the_model(config, arch):
+    trainer = IterativeSFTTrainer(still(arch), config(lora_r=2, lora_alpha=8))
+    assert trainer.model.peft_config["default"].r == 2
+    assert all("lora" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    assert trainer.step(tokens(5, 9))["grad_norm"] > 0
+    with pytest.raises(InputError, match="peft_config.*adapter"):
+        IterativeSFTTrainer(lora(still("llama")), config(lora_r=2))
+
+
+@pytest.mark.parametrize("fields, names", [
+    ({"learning_rate": math.nan}, "learning_rate=nan"),
+    ({"learning_rate": -1e-3}, "learning_rate=-0.001"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+    ({"lora_r": -1}, "lora_r=-1"),
+    ({"num_best": 9}, "num_best=9.*num_samples=8"),
+])
+def test_numbers_out_of_range_are_an_error_of_the_config(config, fields, names):
+    with pytest.raises(InputError, match=names):
+        config(**fields)
+    config(learning_rate=0.0)
+
+
+@pytest.mark.parametrize("fields, names", [
+    ({"use_liger_kernel": True}, "use_liger_kernel=True"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+    ({"save_only_model": True}, "save_only_model=True"),
+    ({"torch_empty_cache_steps": 3}, "torch_empty_cache_steps=3"),
+    ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen=all"),
+    ({"push_to_hub": True}, "hub_strategy=every_save"),
+    ({"eval_strategy": "epoch"}, "eval_strategy=epoch.*eval_dataset"),
+])
+def test_an_argument_that_can_not_be_honored_is_an_error_with_its_name(make, fields, names):
+    with pytest.raises(InputError, match=names) as error:
+        make(**fields)
+    assert "\n" not in str(error.value)
+
+
 # ----------------------------------------------------------------- what a row is
 def test_lists_of_token_ids_are_as_good_as_tensors(make):
     rows = tokens(5, 7)
@@ -597,7 +690,7 @@ def test_a_line_of_the_log_is_the_mean_over_its_optimizer_steps(make):
     watch = watched(trainer)
     stats = [trainer.step(tokens(5, 7, seed=i)) for i in range(4)]
     assert [log["step"] for log in watch.logs] == [2, 4]
-    for log, a, b in zip(watch.logs, stats[::2], stats[1::2]):
+    for log, a, b in zip(watch.logs, stats[::2], stats[1::2], strict=True):
         assert log["loss"] == pytest.approx((a["loss"] + b["loss"]) / 2, rel=1e-5)
         assert log["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
         assert log["learning_rate"] == b["learning_rate"] and log["epoch"] == log["step"]
@@ -612,6 +705,23 @@ def test_a_call_is_an_epoch_and_its_optimizer_steps_are_fractions_of_it(make):
     assert trainer.state.epoch == 2
 
 
+class EndCallsEarly(TrainerCallback):
+    """Ends each call of `step` after its first optimizer step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = True
+
+
+def test_a_call_that_a_callback_ends_early_is_a_whole_epoch_too(make, tmp_path):
+    trainer = make(parts={"callbacks": [EndCallsEarly()]}, per_device_train_batch_size=1,
+                   save_strategy="epoch")
+    for epoch in (1, 2):
+        assert trainer.step(tokens(5, 5, 5))["optimizer_steps"] == 1
+        assert trainer.state.epoch == epoch
+        path = tmp_path / "out" / f"checkpoint-{epoch}" / "trainer_state.json"
+        assert json.loads(path.read_text())["epoch"] == epoch
+
+
 def test_callbacks_run_and_checkpoints_are_written(make, tmp_path):
     trainer = make(save_strategy="steps", save_steps=1, max_steps=2,
                    logging_strategy="steps", logging_steps=1)
@@ -622,8 +732,8 @@ def test_callbacks_run_and_checkpoints_are_written(make, tmp_path):
     assert watch.events[0] == "train_begin" and watch.events[-1] == "train_end"
     assert watch.events[1:6] == watch.events[8:13] == call
     assert set(watch.events[6:8]) == set(watch.events[13:15]) == set(ends)
-    files = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-             "trainer_state.json", "tokenizer.json")
+    files = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer_state.json",
+             "tokenizer.json")
     for name in files:
         assert (tmp_path / "out" / "checkpoint-2" / name).exists(), name
     assert [log["step"] for log in watch.logs if "loss" in log] == [1, 2]
@@ -666,6 +776,50 @@ def test_a_callback_may_end_the_training_and_the_best_model_is_loaded(make):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
+def test_the_best_checkpoint_outlives_the_limit(make, tmp_path):
+    """Every evaluation after the first is worse."""
+    data = Dataset.from_list([{"input_ids": [5, 6, 7]}])
+    trainer = make(parts={"eval_dataset": data}, learning_rate=10.0, eval_strategy="epoch",
+                   save_strategy="epoch", load_best_model_at_end=True, save_total_limit=1,
+                   max_steps=4)
+    for _ in range(4):
+        trainer.step(tokens(8, 8))
+    found = [path.name for path in (tmp_path / "out").glob("checkpoint-*")]
+    assert sorted(found) == ["checkpoint-1", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
+
+
+def test_metrics_of_the_caller_are_logged_before_the_checkpoint(make, tmp_path):
+    trainer = make(save_strategy="epoch")
+    trainer.step(tokens(5), metrics={"objective/scores": 1.5})
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["log_history"] == [{"objective/scores": 1.5, "epoch": 1, "step": 1}]
+
+
+def test_a_metric_for_the_best_model_that_is_not_there_is_an_error(make):
+    data = Dataset.from_list([{"input_ids": [5, 6, 7]}])
+    trainer = make(parts={"eval_dataset": data}, eval_strategy="epoch",
+                   metric_for_best_model="accuracy")
+    with pytest.raises(InputError, match="metric_for_best_model=accuracy.*eval_loss"):
+        trainer.step(tokens(5))
+
+
+def test_a_checkpoint_is_a_model_that_opens(make, tmp_path):
+    trainer = make(save_strategy="epoch")
+    trainer.step(tokens(6))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
+    both = zip(again.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+
+
+def test_a_checkpoint_of_an_adapter_has_no_weights_of_its_base(make, tmp_path):
+    trainer = make(lora(still("llama")), save_strategy="epoch")
+    trainer.step(tokens(6))
+    files = [path.name for path in (tmp_path / "out" / "checkpoint-1").iterdir()]
+    assert [name for name in files if "model" in name] == ["adapter_model.safetensors"]
+
+
 def test_tensorboard_gets_the_losses(make, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
@@ -681,7 +835,8 @@ def test_what_is_saved_opens_as_a_plain_model_with_its_tokenizer(make, tmp_path)
     trainer.step(tokens(6))
     trainer.save_model(str(tmp_path / "kept"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), trainer.model.parameters()))
+    both = zip(again.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
     assert AutoTokenizer.from_pretrained(tmp_path / "kept")("w5 w6").input_ids == [5, 6]
 
 
@@ -707,6 +862,52 @@ def test_a_resumed_run_gives_the_numbers_of_the_uninterrupted_one(make, adapter,
     assert [(log["step"], log["loss"]) for log in watch.logs if "loss" in log] == losses[2:]
 
 
+def test_losses_that_are_not_logged_yet_are_in_the_checkpoint(make, tmp_path):
+    fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 7,
+              "logging_strategy": "steps", "logging_steps": 3}
+    calls = [tokens(5, 9, seed=i) for i in range(7)]
+    runs = []
+    for start in (0, 2, 4):
+        trainer = make(**fields)
+        if start:
+            trainer.load_checkpoint(tmp_path / "out" / f"checkpoint-{start}")
+        watch = watched(trainer)
+        for call in calls[start:]:
+            trainer.step(call)
+        losses = {log["step"]: log["loss"] for log in watch.logs if "loss" in log}
+        runs.append((losses, watch.logs[-1]["train_loss"]))
+    (whole, train_loss), second, third = runs
+    assert list(whole) == [3, 6]
+    assert second == (whole, train_loss)
+    assert third == ({6: whole[6]}, train_loss)
+
+
+def test_a_run_whose_last_step_is_in_the_checkpoint_can_be_finished(make, tmp_path):
+    """It was killed before the best model was loaded."""
+    fields = {"parts": {"eval_dataset": as_dataset(tokens(3))}, "learning_rate": 10.0,
+              "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 2,
+              "load_best_model_at_end": True}
+    whole = make(**fields)
+    for _ in range(2):
+        whole.step(tokens(8, 8))
+    again = make(**fields)
+    again.load_checkpoint(tmp_path / "out" / "checkpoint-2")
+    watch = watched(again)
+    again.finish(), again.finish()
+    (log,) = watch.logs
+    assert log["train_loss"] == whole.state.log_history[-1]["train_loss"]
+    assert watch.events == ["train_begin", "train_end"]
+    best = state_of(whole)
+    assert all(torch.equal(best[name], p) for name, p in state_of(again).items())
+
+
+def test_a_run_without_a_step_can_be_finished(make):
+    trainer = make()
+    watch = watched(trainer)
+    trainer.finish()
+    assert watch.logs[-1]["train_loss"] == 0
+
+
 def test_noise_on_the_embeddings_is_the_same_after_a_resume(make, tmp_path):
     trainer = make(neftune_noise_alpha=5.0, save_strategy="steps", save_steps=1)
     trainer.step(tokens(6, 9))
@@ -716,7 +917,8 @@ def test_noise_on_the_embeddings_is_the_same_after_a_resume(make, tmp_path):
     assert again.step(tokens(6, 9)) == second  # noise put on two times would give another loss
 
 
-@pytest.mark.parametrize("spoil", ["model.safetensors", "trainer_state.json", "optimizer.pt"])
+@pytest.mark.parametrize("spoil", ["model.safetensors", "trainer_state.json", "optimizer.bin",
+                                   "random_states_0.pkl"])
 def test_a_damaged_checkpoint_is_an_error_with_its_name(make, tmp_path, spoil):
     trainer = make(save_strategy="steps", save_steps=1, max_steps=1)
     trainer.step(tokens(5))
@@ -733,13 +935,20 @@ def test_the_evaluation_loss_is_the_mean_over_all_tokens_with_a_label(make, arch
     x, y = tokens(3, 15, 6), tokens(9, 2, 4, seed=1)
     y = y if arch == "t5" else [without_prompt(row, 2) for row in x]
     data = Dataset.from_list([{"input_ids": a.tolist(), "labels": b.tolist()}
-                              for a, b in zip(x, y)])
+                              for a, b in zip(x, y, strict=True)])
     want = pytest.approx(mean_loss(still(arch), x, y).item(), rel=1e-5)
     for size in (1, 2, 3):
         trainer = make(arch, {"eval_dataset": data}, per_device_eval_batch_size=size)
         assert trainer.evaluate()["eval_loss"] == want
     assert trainer.evaluate()["eval_loss"] == want
     assert trainer.evaluate(data, metric_key_prefix="other")["other_loss"] == want
+
+
+def test_a_loss_can_be_computed_without_training_or_evaluation(make):
+    trainer, (row,) = make(), tokens(6)
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, trainer.evaluation_batch([{"input_ids": row}]))
+    assert loss.item() == pytest.approx(mean_loss(still().eval(), [row]).item(), rel=1e-5)
 
 
 def test_an_evaluation_set_may_hide_tokens_by_a_mask(make):
@@ -754,7 +963,7 @@ def test_an_evaluation_set_may_hold_texts(make):
     want = pytest.approx(mean_loss(still(), rows).item(), rel=1e-5)
     assert make(parts={"eval_dataset": texts}).evaluate()["eval_loss"] == want
     texts = Dataset.from_list([{"text": text(x), "text_labels": text(y)}
-                               for x, y in zip(rows, answers)])
+                               for x, y in zip(rows, answers, strict=True)])
     want = pytest.approx(mean_loss(still("t5"), rows, answers).item(), rel=1e-5)
     assert make("t5", {"eval_dataset": texts}).evaluate()["eval_loss"] == want
 
@@ -940,6 +1149,13 @@ def test_a_tokenizer_needs_no_pad_token(make, make_tokenizer):
     with pytest.raises(InputError, match="data_collator"):
         parts = {"tokenizer": bare, "data_collator": DataCollatorForSeq2Seq(bare)}
         make(parts=parts).step(tokens(5, 9))
+
+
+def test_labels_longer_than_the_model_are_an_error_with_their_length(make):
+    model = still("t5")
+    model.config.max_position_embeddings = 64
+    with pytest.raises(InputError, match=r"input_ids\[0\].*70.*64"):
+        make(model).step(tokens(5), labels=tokens(70))
 
 
 def test_texts_need_a_tokenizer(make):

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EOS, hf_model
+from test_iterative_sft import (
+    EndCallsEarly,
+    as_dataset,
+    assert_same_change,
+    mean_loss,
+    still,
+    tokens,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments
 
-from common import InputError
-from conftest import EOS, hf_model
-from iterative_sft import IterativeSFTConfig, IterativeSFTTrainer, main
-from test_iterative_sft import as_dataset, assert_same_change, mean_loss, still, tokens
+from common import InputError, load_prompts, load_reward
+from iterative_sft import IterativeSFTConfig, IterativeSFTTrainer, main, train_round
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
@@ -202,7 +209,7 @@ def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, re
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     want = [f"{decode(x)} {decode(y)}" if arch == "t5" else decode(x + y)
-            for x, y in zip(queries, answers)]
+            for x, y in zip(queries, answers, strict=True)]
     texts = reward.texts()
     assert texts[:5] == texts[-5:] == want  # before and after training
     for part in (texts[5:15], texts[15:25]):  # each round has every prompt once
@@ -210,8 +217,10 @@ def test_at_a_temperature_near_0_answers_are_the_most_likely_tokens(tmp_path, re
     assert stats["tokens"] == sum(map(len, answers))
     if "dropout" not in kind:
         x, y = [list(map(torch.tensor, rows)) for rows in (queries, answers)]
-        rows = x if arch == "t5" else list(map(torch.cat, zip(x, y)))
-        labels = y if arch == "t5" else [F.pad(b, (len(a), 0), value=-100) for a, b in zip(x, y)]
+        rows = x if arch == "t5" else list(map(torch.cat, zip(x, y, strict=True)))
+        labels = y
+        if arch != "t5":
+            labels = [F.pad(b, (len(a), 0), value=-100) for a, b in zip(x, y, strict=True)]
         # likely tokens: a small loss is what large logits leave
         assert stats["loss"] == pytest.approx(mean_loss(model, rows, labels).item(), rel=1e-4)
 
@@ -257,6 +266,26 @@ def test_prompts_are_drawn_in_random_order_and_each_comes_once_per_pass(tmp_path
     assert len(set(map(tuple, passes))) == 4
 
 
+def test_a_round_after_one_that_a_callback_ended_draws_new_prompts(tmp_path, reward):
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    config = small(tmp_path / "out", prompts_per_round=2, max_new_tokens=2, max_steps=9,
+                   per_device_train_batch_size=1, save_strategy="no")
+    trainer = IterativeSFTTrainer(model, config, tokenizer, callbacks=[EndCallsEarly()])
+    prompts = load_prompts(write_prompts(tmp_path / "q.jsonl", *QUERIES), tokenizer)
+    for _ in range(2):
+        train_round(trainer, load_reward(reward.name), prompts)
+    drawn = [query for text in reward.texts()[::3] for query in QUERIES if text.startswith(query)]
+    assert sorted(drawn) == sorted(QUERIES)
+
+
+def test_one_score_has_a_deviation_of_0_and_no_selection_is_a_warning(tmp_path, reward):
+    with pytest.warns(UserWarning, match="num_best=1.*no selection"):
+        config = small(tmp_path, reward_model=reward.name, prompts_per_round=1, num_samples=1,
+                       num_train_epochs=1)
+    assert main(config)["objective/scores_std"] == 0
+
+
 def test_each_round_draws_new_answers_and_each_run_the_same(tmp_path, reward):
     """With weights that don't move. The samples before and after training are alike then."""
     prompts, runs = write_prompts(tmp_path / "q.jsonl", QUERIES[0]), []
@@ -274,6 +303,41 @@ def test_each_round_draws_new_answers_and_each_run_the_same(tmp_path, reward):
         assert sample["score"] == pytest.approx(value(runs[2][0]))
 
 
+def test_a_reward_gets_the_prompts_other_columns(tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(
+        json.dumps({"query": query, "answer": i}) + "\n" for i, query in enumerate(QUERIES)))
+    (tmp_path / "r.py").write_text(
+        f"QUERIES = {QUERIES!r}\n"
+        "def score(texts, metadata):\n"
+        "    pairs = zip(texts, metadata, strict=True)\n"
+        "    assert all(text.startswith(QUERIES[row['answer']]) for text, row in pairs)\n"
+        "    return [row['answer'] for row in metadata]\n")
+    stats = main(small(tmp_path / "out", query_dataset=str(tmp_path / "q.jsonl"),
+                       reward_model=f"{tmp_path}/r.py:score", num_train_epochs=1))
+    assert stats["objective/scores"] == stats["objective/scores_best"] == 1.5
+
+
+def test_samples_of_a_chat_show_its_last_user_turn(tmp_path, reward):
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.chat_template = "{% for turn in messages %}in short, {{ turn.content }}{% endfor %}"
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    model.save_pretrained(tmp_path / "model"), tokenizer.save_pretrained(tmp_path / "model")
+    chat = [{"role": "system", "content": "the plot"}, {"role": "user", "content": "the music was"}]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    main(small(tmp_path / "out", model_name=str(tmp_path / "model"), reward_model=reward.name,
+               query_dataset=str(tmp_path / "q.jsonl"), num_train_epochs=1))
+    assert all(text.startswith("in short, the plotin short, the music was")
+               for text in reward.texts())
+    samples = lines(tmp_path / "out" / "samples.jsonl")
+    assert [row["query"] for row in samples] == ["the music was"] * 2
+
+
+def test_the_bar_says_what_a_round_is_doing(tmp_path, capsys):
+    main(small(tmp_path, disable_tqdm=False, num_train_epochs=1))
+    printed = capsys.readouterr().err
+    assert 0 < printed.index("sampling") < printed.index("learning")
+
+
 def test_the_toy_score_rises_within_a_few_rounds(tmp_path):
     stats = main(small(tmp_path, prompts_per_round=32, num_samples=8, max_new_tokens=24,
                        per_device_train_batch_size=32, num_train_epochs=10, learning_rate=1e-3,
@@ -289,7 +353,7 @@ def test_a_run_leaves_model_samples_metrics_and_card(tmp_path, capsys):
     printed = capsys.readouterr()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     before = AutoModelForCausalLM.from_pretrained(TOY / "model")
-    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path).decode([5])
     assert [row["update"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     lines_of_rounds = rounds(tmp_path)
@@ -392,6 +456,25 @@ def test_a_run_that_ends_early_is_resumed_to_the_same_numbers(tmp_path, reward, 
     assert_same_run(cut, whole)
     with pytest.raises(InputError, match="checkpoint-6"):  # there is nothing left to do
         main(small(cut, reward_model=reward.name, resume_from_checkpoint=str(cut), **fields))
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(tmp_path, monkeypatch):
+    fields = {"num_train_epochs": 1}
+    main(small(tmp_path / "whole", **fields))
+
+    def end_here(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IterativeSFTTrainer, "finish", end_here)
+        with pytest.raises(KeyboardInterrupt):
+            main(small(tmp_path / "cut", **fields))
+    assert not any("train_loss" in row for row in lines(tmp_path / "cut" / "metrics.jsonl"))
+    main(small(tmp_path / "cut", resume_from_checkpoint=str(tmp_path / "cut"), **fields))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    ends = [[row["train_loss"] for row in lines(tmp_path / name / "metrics.jsonl")
+             if "train_loss" in row] for name in ("whole", "cut")]
+    assert len(ends[0]) == 1 and ends[1] == ends[0]
 
 
 KILLED = """

@@ -12,8 +12,11 @@ import torch
 import common
 import ppo
 
-row = lambda *numbers: torch.tensor([[float(n) for n in numbers]])
-near = lambda want, tolerance=1e-6: pytest.approx(want, abs=tolerance)
+
+def row(*numbers):
+    return torch.tensor([[float(n) for n in numbers]])
+def near(want, tolerance=1e-06):
+    return pytest.approx(want, abs=tolerance)
 
 
 # --------------------------------------------------------------------------- advantages
@@ -155,7 +158,8 @@ def test_masked_moments_by_hand():
     # 1 and 3 of 1, 3, 5: mean 2; squares of the errors 1 + 1, by n - 1 = 1: 2, by n: 1
     values, mask = row(1, 3, 5), row(1, 1, 0)
     assert common.masked_mean(values, mask) == 2
-    assert common.masked_var(values, mask) == 2 and common.masked_var(values, mask, unbiased=False) == 1
+    assert common.masked_var(values, mask) == 2
+    assert common.masked_var(values, mask, unbiased=False) == 1
     both, masks = torch.tensor([[1.0, 3, 5], [2, 4, 9]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
     assert common.masked_mean(both, masks, axis=1).tolist() == [2, 6.5]
     assert common.masked_mean(both, masks, axis=0).tolist() == [1, 3.5, 9]

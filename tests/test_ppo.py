@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from conftest import CAUSAL, EOS, PAD, ROWS, SEQ2SEQ, VOCAB
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -25,13 +26,14 @@ from transformers import (
 
 import ppo
 from common import AutoModelForCausalLMWithValueHead, InputError, disable_dropout, set_seed
-from conftest import CAUSAL, EOS, PAD, ROWS, SEQ2SEQ, VOCAB
 
 EVERY = CAUSAL + SEQ2SEQ
 FEW = ("gpt2", "qwen3", "t5", "bart")  # learned and rotary positions, relative ones, two stacks
 START = {"t5": PAD, "bart": EOS}  # the decoder's start token
-ones = lambda *shape: torch.ones(*shape)
-scores_of = lambda *numbers: [torch.tensor(float(n)) for n in numbers]
+def ones(*shape):
+    return torch.ones(*shape)
+def scores_of(*numbers):
+    return [torch.tensor(float(n)) for n in numbers]
 greedily = {"return_prompt": False, "do_sample": False}
 
 # Two orders of the same float32 sums differ by some 1e-7 of the largest term. A log-probability of
@@ -87,7 +89,8 @@ def sgd(model, lr=0.1):
 
 def assert_same_weights(one, two):
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 class Say(LogitsProcessor):
@@ -214,7 +217,7 @@ def plain_update(policy, reference, batch, masks, c, lr):
 
     c: a PPOConfig; each of its epochs is one optimizer step on the whole batch. Returns how far
     the ratio has moved from 1."""
-    rows = [(query, response) for query, response in zip(*batch[:2])]
+    rows = [(query, response) for query, response in zip(*batch[:2], strict=True)]
     keep = [torch.as_tensor(mask).bool() for mask in masks]
     with torch.no_grad():
         old = [row_alone(policy, *row, c.temperature) for row in rows]
@@ -233,20 +236,20 @@ def plain_update(policy, reference, batch, masks, c, lr):
         pool = torch.cat(rewards)
         rewards = [(reward - pool.mean()) / pool.std() + pool.mean() for reward in rewards]
     advantages = []
-    for reward, value in zip(rewards, values):
+    for reward, value in zip(rewards, values, strict=True):
         delta = reward + c.gamma * torch.cat([value[1:], torch.zeros(1)]) - value
         advantages += [sum((c.gamma * c.lam) ** (k - t) * delta[k] for k in range(t, len(delta)))
                        for t in range(len(delta))]
     advantages, values = torch.stack(advantages), torch.cat(values)
     returns = advantages + values
     advantages = (advantages - advantages.mean()) / advantages.std()
-    old_logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(old, keep)])
+    old_logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(old, keep, strict=True)])
     parameters = [p for p in policy.parameters() if p.requires_grad]
     for _ in range(c.ppo_epochs):
         new = [row_alone(policy, *row, c.temperature) for row in rows]
-        logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(new, keep)])
+        logprobs = torch.cat([logprob[k] for (_, logprob, _), k in zip(new, keep, strict=True)])
         ratio = (logprobs - old_logprobs).exp()
-        vpred = torch.cat([value[k] for (_, _, value), k in zip(new, keep)])
+        vpred = torch.cat([value[k] for (_, _, value), k in zip(new, keep, strict=True)])
         clipped = ratio.clamp(1 - c.cliprange, 1 + c.cliprange)
         near = values + (vpred - values).clamp(-c.cliprange_value, c.cliprange_value)
         gain = torch.minimum(ratio * advantages, clipped * advantages).mean()
@@ -256,7 +259,7 @@ def plain_update(policy, reference, batch, masks, c, lr):
         length = torch.stack([grad.norm() for grad in grads]).norm()
         shrink = min(1.0, (c.max_grad_norm or math.inf) / length.item())
         with torch.no_grad():
-            for p, grad in zip(parameters, grads):
+            for p, grad in zip(parameters, grads, strict=True):
                 p -= lr * shrink * grad
     return (ratio.detach() - 1).abs().max()
 
@@ -311,7 +314,7 @@ def test_logprobs_and_values_are_those_of_each_row_alone(
     queries, responses, _ = make_batch(start=START.get(arch))
     logprobs, values, masks = forward(trainer, queries, responses)
     assert masks.tolist() == [[1] * r + [0] * (5 - r) for _, r in ROWS]
-    for i, (query, response) in enumerate(zip(queries, responses)):
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         _, logprob, value = by_hand(trainer.model, query, response, temperature)
         torch.testing.assert_close(logprobs[i][masks[i] > 0], logprob, **CLOSE)
         torch.testing.assert_close(values[i][masks[i] > 0], value, **CLOSE)
@@ -375,7 +378,7 @@ def test_a_query_has_the_same_response_in_a_batch_as_alone(arch, make_trainer, m
     trainer = make_trainer(arch)
     queries, _, _ = make_batch()
     together = trainer.generate(queries, max_new_tokens=5, **greedily)
-    for query, response in zip(queries, together):
+    for query, response in zip(queries, together, strict=True):
         alone = trainer.model.generate(query[None], do_sample=False, max_new_tokens=5,
                                        pad_token_id=PAD)[0]
         assert response.tolist() == (alone if arch in SEQ2SEQ else alone[len(query):]).tolist()
@@ -424,7 +427,7 @@ def test_the_reference_responds_too_when_asked(lora, make_trainer, make_model, m
                                              **greedily)
     policy = trainer.generate(queries, max_new_tokens=4, **greedily)
     assert [row.tolist() for row in responses] == [row.tolist() for row in policy]
-    for query, row in zip(queries, references):
+    for query, row in zip(queries, references, strict=True):
         alone = trainer.ref_model.generate(query[None], pad_token_id=PAD, do_sample=False,
                                            max_new_tokens=4)[0]
         assert row.tolist() == alone[len(query):].tolist()
@@ -678,17 +681,18 @@ def test_inputs_may_be_padded_on_the_left(arch, make_trainer, make_batch):
     right, left = trainer.prepare_model_inputs(queries, responses), {}
     for name, rows in right.items():
         masks = right[name.replace("input_ids", "attention_mask")]
-        left[name] = torch.stack([row.roll(int((m == 0).sum())) for row, m in zip(rows, masks)])
+        pairs = zip(rows, masks, strict=True)
+        left[name] = torch.stack([row.roll(int((mask == 0).sum())) for row, mask in pairs])
     assert (left["attention_mask"][:, -1] == 1).all() and (left["attention_mask"][:, 0] == 0).any()
     of_left, of_right = (forward(trainer, queries, responses, inputs) for inputs in (left, right))
-    for a, b in zip(of_left, of_right):
+    for a, b in zip(of_left, of_right, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_model_inputs_are_query_and_response_padded_on_the_right(make_trainer, make_batch):
     queries, responses, _ = make_batch()
     inputs = make_trainer().prepare_model_inputs(queries, responses)
-    rows = [torch.cat(both) for both in zip(queries, responses)]
+    rows = [torch.cat(both) for both in zip(queries, responses, strict=True)]
     assert inputs["input_ids"].tolist() == pad_sequence(rows, True, PAD).tolist()
     assert inputs["attention_mask"].tolist() == [[1] * (q + r) + [0] * (8 - q - r) for q, r in ROWS]
     inputs = make_trainer("t5").prepare_model_inputs(queries, responses)
@@ -708,7 +712,7 @@ def test_the_tokenizer_s_padding_side_changes_nothing(
         given = masks and [torch.tensor(mask) for mask in masks]
         stats = trainer.step(*make_batch(), response_masks=given)
         results.append((stats["ppo/loss/total"], *trainer.model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_padding_token_within_a_text_is_a_token(make_trainer, make_tokenizer):
@@ -741,7 +745,7 @@ def test_masked_tokens_are_read_but_not_counted(arch, make_trainer, make_batch):
     """A tool's answer within a response: the policy reads it and isn't blamed for it."""
     trainer, start = make_trainer(arch), [1] * (arch in SEQ2SEQ)
     queries, responses, scores = make_batch(((3, 5),) * 4, start=START.get(arch))
-    alone = [by_hand(trainer.model, q, r) for q, r in zip(queries, responses)]
+    alone = [by_hand(trainer.model, q, r) for q, r in zip(queries, responses, strict=True)]
     kept = [0, 3, 4]
     masks = [torch.tensor(start + [1, 0, 0, 1, 1])] * 4
     _, _, mask = forward(trainer, queries, responses, masks=masks)
@@ -772,7 +776,7 @@ def test_a_row_with_a_gap_has_the_returns_of_the_row_without(make_trainer):
     mask = torch.zeros(3, 6).index_fill(1, torch.tensor(kept), 1)
     got = trainer.compute_advantages(values, rewards, mask)
     want = trainer.compute_advantages(values[:, kept], rewards[:, kept], ones(3, 3))
-    for a, b in zip(got, want):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a[:, kept], b)
         assert not a[mask == 0].any()
 
@@ -783,9 +787,10 @@ def test_padding_never_reaches_the_returns(whiten_rewards, make_trainer):
     trainer = make_trainer(whiten_rewards=whiten_rewards)
     values, rewards = torch.randn(2, 3), torch.randn(2, 3)
     mask = torch.tensor([[1., 1, 1], [1, 1, 0]])
-    pad = lambda x, fill: torch.cat([x, torch.full((2, 2), fill)], 1)
+    def pad(x, fill):
+        return torch.cat([x, torch.full((2, 2), fill)], 1)
     got = trainer.compute_advantages(pad(values, 7.0), pad(rewards, 0.0), pad(mask, 0.0))
-    for a, b in zip(got, trainer.compute_advantages(values, rewards, mask)):
+    for a, b in zip(got, trainer.compute_advantages(values, rewards, mask), strict=True):
         torch.testing.assert_close(a, pad(b, 0.0))
 
 
@@ -826,7 +831,7 @@ def test_the_kl_is_measured_from_the_model_given_as_reference(make_trainer, make
     queries, responses, scores = make_batch()
     policy, reference = trainer.model, trainer.ref_model
     want = torch.stack([(by_hand(policy, q, r)[1] - by_hand(reference, q, r)[1]).sum()
-                        for q, r in zip(queries, responses)])
+                        for q, r in zip(queries, responses, strict=True)])
     stats = trainer.step(queries, responses, scores)
     torch.testing.assert_close(stats["objective/kl_dist"], want, atol=1e-4, rtol=1e-4)
     assert stats["objective/kl"].item() == pytest.approx(want.mean().item(), rel=1e-4)
@@ -870,7 +875,7 @@ def test_the_reference_of_an_adapter_is_the_adapter_as_loaded(
     trainer = make_trainer(make_model(arch, lora=kind))
     assert trainer.ref_model is None
     queries, responses, scores = make_batch(start=START.get(arch))
-    first = [by_hand(trainer.model, q, r)[1] for q, r in zip(queries, responses)]
+    first = [by_hand(trainer.model, q, r)[1] for q, r in zip(queries, responses, strict=True)]
     stats = trainer.step(queries, responses, scores)
     assert stats["objective/kl_dist"].abs().max() < 1e-4
     for _ in range(2):
@@ -910,7 +915,7 @@ def test_a_reference_given_with_an_adapter_is_used(make_trainer, make_model, mak
     """P17: it was moved to the device and forgotten: KL 0."""
     trainer = make_trainer(make_model(lora="fresh"), ref_model=make_model(seed=3))
     queries, responses, scores = make_batch()
-    want = [by_hand(trainer.ref_model, q, r)[1] for q, r in zip(queries, responses)]
+    want = [by_hand(trainer.ref_model, q, r)[1] for q, r in zip(queries, responses, strict=True)]
     stats = trainer.step(queries, responses, scores)
     torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(want), **CLOSE)
     assert stats["objective/kl_dist"].abs().max() > 0.1
@@ -946,7 +951,7 @@ def test_the_full_penalty_is_the_exact_divergence_of_the_two_models(
                            temperature=0.8)
     queries, responses, scores = make_batch()
     pairs = [[by_hand(model, q, r, 0.8)[0] for model in (trainer.model, trainer.ref_model)]
-             for q, r in zip(queries, responses)]
+             for q, r in zip(queries, responses, strict=True)]
     want = torch.cat([(p.exp() * (p - ref)).sum(-1) for p, ref in pairs])
     stats = trainer.step(queries, responses, scores)
     assert want.min() > 0
@@ -1041,7 +1046,8 @@ def test_the_clipped_and_scaled_scores_are_what_is_trained_on(make_trainer, make
 # --------------------------------------------------------------------------- the loss
 def loss_of(trainer, old=0.0, new=0.0, value=0.0, vpred=0.0, advantage=1.0, target=0.0):
     """The losses of one token."""
-    one = lambda x: torch.tensor([[float(x)]])
+    def one(x):
+        return torch.tensor([[float(x)]])
     logits = torch.zeros(1, 1, 8)
     rest = map(one, (vpred, new, 1, advantage, target))
     pg, vf, stats = trainer.loss(one(old), one(value), logits, *rest)
@@ -1121,7 +1127,7 @@ def test_accumulated_gradients_are_those_of_one_big_minibatch(
         stats = trainer.step(*batch)
         results.append([stats["ppo/loss/total"], stats["ppo/policy/entropy"], *model.parameters()])
     for other in results[1:]:
-        for a, b in zip(results[0], other):
+        for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
 
 
@@ -1461,12 +1467,12 @@ def test_statistics_are_what_their_names_say(make_trainer, make_model, make_batc
     trainer = make_trainer(ref_model=make_model(seed=3), init_kl_coef=0.5, mini_batch_size=1,
                            learning_rate=0.0, score_clip=0.5, gamma=0.9, lam=0.8, temperature=0.8)
     queries, responses, scores = make_batch()
-    alone = [by_hand(trainer.model, q, r, 0.8) for q, r in zip(queries, responses)]
-    logp, logprobs, values = zip(*alone)
+    alone = [by_hand(trainer.model, q, r, 0.8) for q, r in zip(queries, responses, strict=True)]
+    logp, logprobs, values = zip(*alone, strict=True)
     drift = [own - by_hand(trainer.ref_model, q, r, 0.8)[1]
-             for own, q, r in zip(logprobs, queries, responses)]
+             for own, q, r in zip(logprobs, queries, responses, strict=True)]
     advantages, returns = [], []
-    for d, value, score in zip(drift, values, scores):  # each row by itself
+    for d, value, score in zip(drift, values, scores, strict=True):  # each row by itself
         reward = -0.5 * d
         reward[-1] += score.clamp(-0.5, 0.5)
         a, r = ppo.gae(value[None], reward[None], ones(1, len(d)), 0.9, 0.8)
@@ -1520,7 +1526,7 @@ def test_the_dataloader_keeps_all_columns_and_whole_batches(make_trainer):
     batches = list(make_trainer(dataset=DATASET).dataloader)
     assert [len(batch["query"]) for batch in batches] == [4, 4]
     seen = [row for batch in batches
-            for row in zip(batch["input_ids"], batch["query"], batch["answer"])]
+            for row in zip(batch["input_ids"], batch["query"], batch["answer"], strict=True)]
     assert all(q.tolist() == [answer] * 2 and text == f"w{answer}" for q, text, answer in seen)
     answers = [answer for _, _, answer in seen]
     assert len(set(answers)) == 8 and answers != sorted(answers)
@@ -1542,7 +1548,8 @@ def test_the_dataloader_draws_nothing_from_the_numbers_that_sample_responses(mak
 
 
 def test_a_collator_of_one_s_own_makes_the_batches(make_trainer):
-    collator = lambda rows: {"sum": sum(row["answer"] for row in rows)}
+    def collator(rows):
+        return {"sum": sum(row["answer"] for row in rows)}
     trainer = make_trainer(dataset=DATASET[:8], data_collator=collator)
     assert sum(batch["sum"] for batch in trainer.dataloader) == sum(range(4, 12))
 
@@ -1768,7 +1775,8 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_numbers(
     for name in want:
         if not name.startswith("time/"):
             assert torch.equal(torch.as_tensor(want[name]), torch.as_tensor(got[name])), name
-    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters()))
+    pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_resumed_run_learns_at_the_rate_it_is_given(make_trainer, make_batch, tmp_path):

@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import forget
 from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GPT2Config, GPT2ForSequenceClassification, T5Config,
-                          T5ForConditionalGeneration, pipeline)
+from test_ranks import lines, metrics, once
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 from common import AutoModelForCausalLMWithValueHead, InputError
 from ppo import PPOConfig, main
-from ranks import forget
-from test_ranks import lines, metrics, once
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "model"
@@ -160,7 +167,7 @@ def test_a_run_leaves_a_model_that_the_plain_classes_load(runs):
     model, tokenizer = (auto.from_pretrained(runs / "whole")
                         for auto in (AutoModelForCausalLM, AutoTokenizer))
     before = AutoModelForCausalLM.from_pretrained(TOY)
-    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+    assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters(), strict=True))
     generate = pipeline("text-generation", model=str(runs / "whole"), tokenizer=tokenizer)
     text = generate("the plot was", max_new_tokens=4)[0]["generated_text"]
     assert text.startswith("the plot was ") and len(text) > len("the plot was ")
@@ -358,7 +365,10 @@ def test_gradient_checkpointing_saves_less_and_changes_no_number(tmp_path):
     kept = {}
     for on in (False, True):
         saved = []
-        count = lambda tensor: saved.append(tensor.numel()) or tensor
+
+        def count(tensor, saved=saved):
+            return saved.append(tensor.numel()) or tensor
+
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             main(small(tmp_path / str(on), gradient_checkpointing=on))
         kept[on] = sum(saved)

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
-
-import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +98,7 @@ def test_statistics_and_kl_coefficient_are_of_all_ranks(name, both, alone):
                 found, value = found.sort().values, value.sort().values
             # a mean of numbers of both signs, or a difference, is off by 1e-6 of these
             torch.testing.assert_close(found.float(), value.float(), rtol=1e-3, atol=2e-5,
-                                       msg=lambda text: f"{key}: {text}")
+                                       msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_the_kl_coefficient_moves_by_the_samples_of_all_ranks(both):
@@ -142,7 +141,7 @@ def test_sizes_of_the_config_are_those_of_all_ranks(both):
 
 
 def test_ranks_hold_different_rows_in_another_order_in_every_epoch(both):
-    epochs = list(zip(*(rank["own loop"]["epochs"] for rank in both)))
+    epochs = list(zip(*(rank["own loop"]["epochs"] for rank in both), strict=True))
     orders = []
     for batches in epochs:
         rows = [sum(rank, []) for rank in batches]

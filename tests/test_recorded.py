@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import BOS, EOS, PAD, VOCAB
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import common
 import ppo
-from conftest import BOS, EOS, PAD, VOCAB
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_ppo.json").read_text())
 
@@ -53,7 +53,8 @@ def test_a_seed_gives_trl_s_numbers():
 
 @cases("functions")
 def test_functions(case):
-    got = getattr(ppo if hasattr(ppo, case["function"]) else common, case["function"])(*tensors(case["args"]), **case["kwargs"])
+    module = ppo if hasattr(ppo, case["function"]) else common
+    got = getattr(module, case["function"])(*tensors(case["args"]), **case["kwargs"])
     mask = torch.tensor(1 if case["mask"] is None else case["mask"])
     agree(got * mask, torch.tensor(case["result"]) * mask)
 
@@ -70,7 +71,7 @@ def test_kl_controllers(case):
 
 def test_running_moments():
     running = ppo.RunningMoments(SimpleNamespace(num_processes=1))
-    for batch, (mean, std, *so_far) in zip(*RECORDED["running_moments"].values()):
+    for batch, (mean, std, *so_far) in zip(*RECORDED["running_moments"].values(), strict=True):
         agree(running.update(torch.tensor(batch)), [mean, std])
         agree([running.mean, running.std, running.var], so_far)
 

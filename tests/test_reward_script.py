@@ -12,14 +12,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import BOS, EOS, PAD, VOCAB
 from datasets import Dataset
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, GPT2Config,
-                          GPT2ForSequenceClassification, pipeline)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    pipeline,
+)
 
 from common import TOY, InputError, load_reward
-from conftest import BOS, EOS, PAD, VOCAB
-from reward import (RewardConfig, RewardDataCollatorWithPadding, RewardTrainer, ScriptConfig,
-                    compute_accuracy, main)
+from reward import (
+    RewardConfig,
+    RewardDataCollatorWithPadding,
+    RewardTrainer,
+    ScriptConfig,
+    compute_accuracy,
+    main,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = json.loads(Path(__file__).with_name("recorded_reward.json").read_text())
@@ -47,8 +58,9 @@ def recorded_model():
 
 
 def with_masks(rows):
-    masks = lambda row: {f"attention_mask_{side}": [1] * len(row[f"input_ids_{side}"])
-                         for side in SIDES}
+    def masks(row):
+        return {f"attention_mask_{side}": [1] * len(row[f"input_ids_{side}"])
+                             for side in SIDES}
     return [{**row, **masks(row)} for row in rows]
 
 
@@ -173,15 +185,15 @@ def numbers(row):
 
 @torch.no_grad()
 def scores_of(rows, folder):
-    """The scores that the classifier in a folder gives to both texts of samples, one at a time."""
+    """The scores that the classifier in a folder gives to the texts of samples, one at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    return [model(tokenizer(row[side], return_tensors="pt").input_ids).logits.item()
-            for row in rows for side in SIDES]
+    return [model(tokenizer(row["text"], return_tensors="pt").input_ids).logits.item()
+            for row in rows]
 
 
 def sampled(rows):
-    return [row[f"reward_{side}"] for row in rows for side in SIDES]
+    return [row["score"] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -212,23 +224,26 @@ def test_a_short_default_run_already_learns_and_logs_it(finished_run):
 def test_samples_show_the_scores_of_the_first_four_held_out_pairs_before_and_after(finished_run):
     out, printed, _ = finished_run
     rows = lines(out / "samples.jsonl")
-    assert [row["update"] for row in rows] == [0] * 4 + [40] * 4
-    for row, pair in zip(rows, lines(TOY / "pairs_test.jsonl")[:4] * 2):
-        for side in SIDES:
-            assert row[side] == pair["prompt"] + pair[side] and row[side] in printed
+    assert [row["update"] for row in rows] == [0] * 8 + [40] * 8
+    assert [row["pair"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3] * 2
+    texts = [(side, pair["prompt"] + pair[side])
+             for pair in lines(TOY / "pairs_test.jsonl")[:4] for side in SIDES]
+    for row, (side, text) in zip(rows, texts * 2, strict=True):
+        assert (row["side"], row["text"]) == (side, text)
+        assert f"{row['score']:+6.2f}  {side} |{text}\n" in printed
     # float32, in batches of other widths
-    assert sampled(rows[:4]) == pytest.approx(scores_of(rows[:4], TOY / "blank_reward"), abs=1e-4)
-    assert sampled(rows[4:]) == pytest.approx(scores_of(rows[4:], out), abs=1e-4)
-    scores = load_reward(out)([row[side] for row in rows[4:] for side in SIDES])
-    assert sampled(rows[4:]) == pytest.approx([score.item() for score in scores], abs=1e-4)
+    assert sampled(rows[:8]) == pytest.approx(scores_of(rows[:8], TOY / "blank_reward"), abs=1e-4)
+    assert sampled(rows[8:]) == pytest.approx(scores_of(rows[8:], out), abs=1e-4)
+    scores = load_reward(out)([row["text"] for row in rows[8:]])
+    assert sampled(rows[8:]) == pytest.approx([score.item() for score in scores], abs=1e-4)
 
 
 def test_the_folder_is_a_classifier_for_a_pipeline_and_has_a_card(finished_run):
     out, _, metrics = finished_run
     row = lines(out / "samples.jsonl")[-1]
     classify = pipeline("text-classification", model=str(out))
-    score = classify(row["chosen"], function_to_apply="none")[0]["score"]
-    assert score == pytest.approx(row["reward_chosen"], abs=1e-4)
+    score = classify(row["text"], function_to_apply="none")[0]["score"]
+    assert score == pytest.approx(row["score"], abs=1e-4)
     card = (out / "README.md").read_text()
     assert "toy/pairs.jsonl" in card
     assert f"| eval_accuracy | {metrics['eval_accuracy']:.4g} |" in card
@@ -241,12 +256,13 @@ def test_a_run_killed_after_its_checkpoint_ends_with_the_same_numbers_once_resum
     shutil.copytree(out / "checkpoint-20", tmp_path / "checkpoint-20")
     rows = [{**row, "before_the_kill": row["update"] <= 20} for row in lines(out / "metrics.jsonl")]
     write_rows(tmp_path / "metrics.jsonl", [row for row in rows if row["update"] <= 30])
-    write_rows(tmp_path / "samples.jsonl", lines(out / "samples.jsonl")[:4])
+    write_rows(tmp_path / "samples.jsonl", lines(out / "samples.jsonl")[:8])
     again = main(ScriptConfig(output_dir=str(tmp_path), max_steps=40, save_strategy="no",
                               resume_from_checkpoint=str(tmp_path), disable_tqdm=True))
     assert numbers(again) == numbers(metrics)
     got = [{"before_the_kill": False, **row} for row in lines(tmp_path / "metrics.jsonl")]
-    of_both = lambda rows: [numbers(row) for row in rows if "train_loss" not in row]
+    def of_both(rows):
+        return [numbers(row) for row in rows if "train_loss" not in row]
     assert of_both(got) == of_both(rows)  # the lines of the first 20 updates are those from before
     assert lines(tmp_path / "samples.jsonl") == lines(out / "samples.jsonl")
 
@@ -281,7 +297,7 @@ def test_an_own_dataset_is_evaluated_on_its_own_held_out_rows_only(tmp_path):
         metrics = main(small(tmp_path / name, dataset=data, eval_strategy="epoch", **fields))
         assert ("eval_loss" in metrics) == (name == "with")
         samples = lines(tmp_path / name / "samples.jsonl")
-        shown[name] = [row["chosen"] for row in samples[:len(samples) // 2]]
+        shown[name] = [row["text"] for row in samples[:len(samples) // 2:2]]
     texts = [row["prompt"] + row["chosen"] for row in rows]
     assert shown == {"with": texts[8:11], "without": texts[:4]}
 
@@ -294,8 +310,28 @@ def test_a_language_model_gets_a_head_and_an_adapter_that_a_second_run_trains_on
     assert (adapter["r"], adapter["lora_alpha"], adapter["task_type"]) == (4, 16, "SEQ_CLS")
     main(small(tmp_path / "b", model_name=str(tmp_path / "a"), dataset=data))
     one, two = (lines(tmp_path / run / "samples.jsonl") for run in "ab")
-    assert sampled(two[:4]) == pytest.approx(sampled(one[4:]), abs=1e-4)  # its head too
-    assert sampled(two[4:]) != pytest.approx(sampled(two[:4]), abs=1e-3)
+    assert sampled(two[:8]) == pytest.approx(sampled(one[8:]), abs=1e-4)  # its head too
+    assert sampled(two[8:]) != pytest.approx(sampled(two[:8]), abs=1e-3)
+
+
+def test_samples_of_chats_show_the_last_user_turn_and_the_answer(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "reward")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+    tokenizer.save_pretrained(tmp_path / "model")
+    AutoModelForSequenceClassification.from_pretrained(TOY / "reward").save_pretrained(
+        tmp_path / "model")
+    row = {"prompt": [{"role": "system", "content": "be kind."},
+                      {"role": "user", "content": "the plot was"}],
+           "chosen": [{"role": "assistant", "content": "lovely."}],
+           "rejected": [{"role": "assistant", "content": "stale."}]}
+    data = write_rows(tmp_path / "chats.jsonl", [row] * 4)
+    main(small(tmp_path / "out", model_name=str(tmp_path / "model"), dataset=data, max_steps=1))
+    chosen, rejected = lines(tmp_path / "out" / "samples.jsonl")[:2]
+    assert chosen["text"] == "the plot was\nlovely."
+    assert rejected["text"] == "the plot was\nstale."
+    out = capsys.readouterr().out
+    assert "lovely." in out and "be kind" not in out and "<user>" not in out
 
 
 def test_equal_seeds_draw_equal_heads(tmp_path):
@@ -316,7 +352,7 @@ def test_samples_are_scored_without_dropout(tmp_path):
     main(small(tmp_path / "out", model_name=str(tmp_path / "model"), dataset=data, max_steps=1,
                learning_rate=1e-9))
     rows = lines(tmp_path / "out" / "samples.jsonl")
-    want = scores_of(rows[:4], TOY / "reward") * 2
+    want = scores_of(rows[:8], TOY / "reward") * 2
     assert sampled(rows) == pytest.approx(want, abs=1e-3)
 
 
@@ -428,7 +464,7 @@ def test_the_log_and_the_evaluation_of_two_ranks_cover_all_pairs(on_ranks):
     one, two = (torch.load(folder / "results.pt") for folder in on_ranks)
     names = ["loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
     assert len(one["log"]) == len(two["log"]) == 3
-    for a, b in zip(one["log"], two["log"]):
+    for a, b in zip(one["log"], two["log"], strict=True):
         assert [b[name] for name in names] == pytest.approx([a[name] for name in names], **close)
     names = [f"eval_{name}" for name in names]
     for name in (*names, "eval_accuracy"):
@@ -440,7 +476,7 @@ def test_the_script_on_two_ranks_draws_one_head_and_writes_each_line_once(on_ran
     for file in ("metrics.jsonl", "samples.jsonl"):
         a, b = lines(one / file), lines(two / file)
         assert len(a) == len(b)
-        for row, other in zip(a, b):
+        for row, other in zip(a, b, strict=True):
             row, other = numbers(row), numbers(other)
             for name in set(row) - {"train_loss", "total_flos", "grad_norm"}:
                 text = isinstance(row[name], str)

@@ -15,17 +15,31 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling,
-                          GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback,
-                          TrainingArguments)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from common import TOY, InputError
-from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
-from sft import ConstantLengthDataset, DataCollatorForCompletionOnlyLM, SFTTrainer, cross_entropy
+from sft import (
+    ConstantLengthDataset,
+    DataCollatorForCompletionOnlyLM,
+    SFTConfig,
+    SFTTrainer,
+    cross_entropy,
+    number_of_positions,
+)
 
 IGNORE = -100  # the label of a token that is not in the loss
 
@@ -144,9 +158,9 @@ def row_by_row(model, rows):
             logits, labels = model(input_ids=tokens).logits[:, :-1], labels[:, 1:]
         total = total + F.cross_entropy(logits[0], labels[0], reduction="sum")
         count += (labels != IGNORE).sum()
-    names, parameters = zip(*model.named_parameters())
+    names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(total / count, parameters, allow_unused=True)
-    return (total / count).item(), dict(zip(names, gradients))
+    return (total / count).item(), dict(zip(names, gradients, strict=True))
 
 
 def check_one_step(trainer, rows):
@@ -161,7 +175,8 @@ def check_one_step(trainer, rows):
         gradient = torch.zeros_like(p) if gradients[name] is None else gradients[name]
         # padding and batching change the order of float32 sums: 1e-6 of the largest gradient
         torch.testing.assert_close((p - after[name]).detach(), gradient, rtol=1e-3,
-                                   atol=1e-5 * largest.item(), msg=lambda m: f"{name}: {m}")
+                                   atol=1e-5 * largest.item(),
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --------------------------------------------------------------------------------- mathematics
@@ -200,6 +215,26 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
     want = F.cross_entropy(logits.float(), targets, reduction="none")
     # bfloat16 has 8 bits: sums of its own would be off by 1e-2
     torch.testing.assert_close(cross_entropy(logits, targets).float(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_term_of_the_logits_may_stand_before_or_after_the_cross_entropy():
+    """A fork's z-loss or focal loss: the backward pass leaves the logits as they are."""
+    weights, targets = torch.randn(30, 17, requires_grad=True), torch.randint(17, (30,))
+
+    def gradient_of(loss):
+        return torch.autograd.grad(loss, weights)[0]
+
+    logits = weights * 1
+    before = logits.detach().clone()
+    z_loss = logits.logsumexp(-1).square().sum()
+    nll = cross_entropy(logits, targets)
+    focal = ((1 - (-nll).exp()) ** 2 * nll).sum()
+    got = gradient_of(focal + z_loss + logits.softmax(-1).square().sum())
+    assert torch.equal(logits, before)
+    probabilities = weights.softmax(-1)
+    right = probabilities[torch.arange(30), targets]
+    want = -((1 - right) ** 2 * right.log()).sum() + weights.logsumexp(-1).square().sum()
+    torch.testing.assert_close(got, gradient_of(want + probabilities.square().sum()))
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary(make_sft):
@@ -304,7 +339,8 @@ def say(row, between):
 FORMATTERS = {
     "a row to its text": lambda row: f"{row['q']} {row['a']}",
     "a row to a list of one": lambda row: [f"{row['q']} {row['a']}"],
-    "a batch to texts": lambda batch: [f"{q} {a}" for q, a in zip(batch["q"], batch["a"])],
+    "a batch to texts": lambda batch: [
+        f"{q} {a}" for q, a in zip(batch["q"], batch["a"], strict=True)],
     "a partial": functools.partial(say, between=" "),
     "an object": Speaker(),
     "an object's method": Speaker().__call__,
@@ -465,6 +501,58 @@ def test_workers_of_a_data_loader_divide_the_rows_and_repeat_none(tokenizer):
     assert sorted(ids(loader)) == sorted(ids(packed))
 
 
+def test_a_stream_s_rows_come_once_whatever_the_number_of_workers(tokenizer):
+    texts = rows_of([f"w{i} w{i} w{i}" for i in range(10, 19)])
+    packed = ConstantLengthDataset(tokenizer, texts.to_iterable_dataset(num_shards=2), "text",
+                                   seq_length=4, shuffle=False)
+    loader = torch.utils.data.DataLoader(packed, batch_size=None, num_workers=2)
+    assert sorted(ids(loader)) == sorted(ids(packed))
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+    return OPTForCausalLM(OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64))
+
+
+def lfm2():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+    return Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]))
+
+
+def bloom():
+    from transformers import BloomConfig, BloomForCausalLM
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize("how", ["packing", "a ConstantLengthDataset", "packed rows"])
+@pytest.mark.parametrize("model", [opt, lfm2, bloom])
+def test_packing_is_refused_where_a_document_would_see_the_one_before_it(
+        model, how, make_sft, tokenizer):
+    """OPT's mask and LFM2's convolution know no documents, and BLOOM has no positions."""
+    packed = ConstantLengthDataset(tokenizer, rows_of(TEXTS), "text", seq_length=6)
+    kwargs = {"packing": {"packing": True, "max_seq_length": 6},
+              "a ConstantLengthDataset": {"train_dataset": packed},
+              "packed rows": {"rows": [{k: v.tolist() for k, v in r.items()} for r in packed]}}
+    model = model()
+    with pytest.raises(InputError, match=f"packing: .*{model.config.model_type}") as error:
+        make_sft(model, **kwargs[how])
+    assert "\n" not in str(error.value)
+    make_sft(model, max_steps=1).train()  # row by row it trains
+
+
+def test_documents_stay_apart_in_a_model_that_model_init_makes(make_sft):
+    documents = [[*map(int, text.replace("w", "").split()), EOS] for text in TEXTS]
+    trainer = make_sft(None, model_init=lambda: without_dropout("llama"), packing=True,
+                       max_seq_length=sum(map(len, documents)), max_steps=1)
+    trainer.train()
+    want, _ = row_by_row(without_dropout("llama"), [(d, d) for d in documents])
+    assert losses(trainer) == pytest.approx([want], rel=1e-4)
+
+
 # --------------------------------------------------------------------------------- rows -> batches
 def test_rows_are_padded_on_the_right_and_padding_is_neither_read_nor_in_the_loss(make_sft):
     rows = [{"input_ids": [4, 5, EOS], "labels": [IGNORE, 5, EOS]},
@@ -532,10 +620,15 @@ def test_a_template_is_found_where_its_tokens_differ_inside_a_row():
     assert turns == " was was dull"
 
 
-def test_a_row_without_the_template_is_reported_and_not_in_the_loss(tokenizer, capsys):
-    assert labelled(tokenizer, "w4 w5", response_template="w11") == ""
-    out = capsys.readouterr().out
-    assert "'w11'" in out and "w4 w5" in out
+def test_a_row_without_the_template_is_reported_and_not_in_the_loss(tokenizer):
+    with pytest.warns(UserWarning, match="'w11'.*w4 w5"):
+        assert labelled(tokenizer, "w4 w5", response_template="w11") == ""
+
+
+def test_the_collator_for_completions_keeps_the_labels_that_a_row_has(tokenizer):
+    collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)
+    rows = [{"input_ids": [4, 11, 5], "labels": [IGNORE, 11, 5]}, {"input_ids": [4, 11, 5]}]
+    assert collator(rows)["labels"].tolist() == [[IGNORE, 11, 5], [IGNORE, IGNORE, 5]]
 
 
 def test_the_collator_for_completions_refuses_mlm_and_a_missing_tokenizer(tokenizer):
@@ -759,6 +852,117 @@ def test_nothing_that_was_given_is_changed(make_args, make_tokenizer):
     assert settings() == tokenizer_settings and kwargs == {"keep_tail": True}
 
 
+# --------------------------------------------------------------------------------- the config
+@pytest.fixture
+def make_configured(tmp_path, tokenizer):
+    """make_configured(rows, arguments of SFTTrainer, **fields of SFTConfig) -> SFTTrainer."""
+    def make(rows, arguments=None, **fields):
+        config = SFTConfig(**{"output_dir": str(tmp_path / "out"), "use_cpu": True,
+                              "disable_tqdm": True, "save_strategy": "no", **fields})
+        return SFTTrainer(**{"model": hf_model("llama"), "args": config, "tokenizer": tokenizer,
+                             "train_dataset": Dataset.from_list(rows), **(arguments or {})})
+
+    return make
+
+
+def test_the_trainer_reads_its_config(make_configured, chat_tokenizer):
+    texts = [{"text": text} for text in TEXTS]
+    packed = make_configured(texts, packing=True, max_seq_length=8).train_dataset
+    assert sorted(map(len, ids(packed))) == [4, 8, 8, 8]  # the tail is kept
+    packed = make_configured(texts, packing=True, max_seq_length=8, keep_tail=False).train_dataset
+    assert [len(row) for row in ids(packed)] == [8, 8, 8]
+    rows = make_configured([{"mine": "w4", "text": "w5"}], dataset_text_field="mine").train_dataset
+    assert ids(rows) == [[4, EOS]]
+    trainer = make_configured([{"messages": CHAT}], {"tokenizer": chat_tokenizer},
+                              assistant_only_loss=True)
+    assert trained_on(trainer) == [[6, EOS, 8, 9, EOS]]
+    trainer = make_configured([{"text": "w4 w11 w5"}], response_template="w11")
+    assert trained_on(trainer) == [[5, EOS]]
+    trainer = make_configured(texts, lora_r=3, lora_alpha=6)
+    assert trainer.model.peft_config["default"].r == 3
+    trainer = make_configured(texts, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])},
+                              lora_r=3)
+    assert trainer.model.peft_config["default"].r == 2
+    trainer = make_configured(texts, {"model": None, "model_init": lambda: hf_model("llama")},
+                              lora_r=3, max_steps=1)
+    trainer.train()
+    assert trainer.model.peft_config["default"].r == 3
+
+
+def test_an_argument_that_is_given_wins_over_the_config_s_default(make_configured):
+    texts = [{"text": text} for text in TEXTS]
+    trainer = make_configured(texts, {"packing": True, "max_seq_length": 5}, keep_tail=False)
+    assert {len(row) for row in ids(trainer.train_dataset)} == {5}
+    trainer = make_configured(texts, {"neftune_noise_alpha": 3.0, "max_seq_length": 3},
+                              max_seq_length=3)
+    assert trainer.args.neftune_noise_alpha == 3.0
+    packed = make_configured(texts, {"packing": True, "max_seq_length": 8,
+                                     "dataset_kwargs": {"keep_tail": False}}).train_dataset
+    assert {len(row) for row in ids(packed)} == {8}
+
+
+def test_an_argument_and_a_field_that_disagree_are_refused(make_configured):
+    with pytest.raises(InputError, match="max_seq_length=5.*max_seq_length=6") as error:
+        make_configured([{"text": "w4 w5"}], {"max_seq_length": 5}, max_seq_length=6)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_a_config_with_a_folder_alone_trains(tmp_path, tokenizer):
+    """Without an evaluation set it does not evaluate, and the rate fits the model's size."""
+    config, model = SFTConfig(output_dir=str(tmp_path / "out")), hf_model("llama")
+    trainer = SFTTrainer(model, args=config, train_dataset=rows_of(TEXTS), tokenizer=tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+    assert trainer.args.learning_rate == pytest.approx(4e-3 * (1e5 / model.num_parameters()) ** 0.5)
+    assert config.learning_rate is None and config.eval_strategy == "epoch"  # as it was
+    trainer = SFTTrainer(model, args=config, train_dataset=rows_of(TEXTS), tokenizer=tokenizer,
+                         eval_dataset=rows_of(TEXTS))
+    trainer.train()
+    assert len([row for row in trainer.state.log_history if "eval_loss" in row]) == 8
+
+
+BAD_FIELDS = {
+    "a rate that is no number": dict(learning_rate=float("nan")),
+    "a negative rate": dict(learning_rate=-1e-3),
+    "batches of 0 rows": dict(per_device_train_batch_size=0),
+    "evaluation batches of 0 rows": dict(per_device_eval_batch_size=0),
+    "no epochs": dict(num_train_epochs=0),
+    "no micro-batches": dict(gradient_accumulation_steps=0),
+    "rows of one token": dict(max_seq_length=1),
+    "no processes": dict(dataset_num_proc=0),
+    "a negative rank": dict(lora_r=-1),
+    "no lora_alpha": dict(lora_alpha=0),
+    "all smoothed": dict(label_smoothing_factor=1.0),
+    "an unknown type": dict(torch_dtype="float8"),
+    "labels chosen twice": dict(response_template="w11", assistant_only_loss=True),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_a_field_out_of_range_is_refused_before_anything_is_loaded(case):
+    with pytest.raises(InputError, match=next(iter(BAD_FIELDS[case]))) as error:
+        SFTConfig(**BAD_FIELDS[case])
+    assert "\n" not in str(error.value)
+
+
+def test_a_learning_rate_of_0_is_taken(make_configured):
+    assert make_configured([{"text": "w4 w5"}], learning_rate=0.0).args.learning_rate == 0
+
+
+def test_settings_without_effect_are_named(make_configured, make_sft, tokenizer):
+    with pytest.raises(InputError, match="load_best_model_at_end.*eval_dataset"):
+        make_configured([{"text": "w4 w5"}], load_best_model_at_end=True, save_strategy="epoch")
+    with pytest.raises(InputError, match="assistant_only_loss"):
+        make_configured([{"text": "w4 w5"}], assistant_only_loss=True)
+    collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)
+    with pytest.raises(InputError, match="response_template"):
+        make_configured([{"text": "w4 w5"}], {"data_collator": collator}, response_template="w5")
+    with pytest.warns(UserWarning, match="infinite"):
+        make_sft(infinite=True)
+
+
 # --------------------------------------------------------------------------------- kinds of data
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
 def test_a_stream_gives_the_rows_of_the_same_data_in_memory(packing, make_sft):
@@ -834,6 +1038,58 @@ def test_finished_rows_of_a_torch_dataset_stay_as_they_are(make_sft):
     assert trainer.train_dataset is rows and batch["labels"][:, 1:].tolist() == [[5, EOS]] * 4
     trainer.train()
     assert len(losses(trainer)) == 3
+
+
+@pytest.mark.parametrize("how", ["the collator", "response_template"])
+def test_prompts_in_a_torch_dataset_are_not_in_the_loss(how, make_sft, make_configured, tokenizer):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return {"input_ids": torch.tensor([20 + i, 11, 5, EOS])}
+
+    collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)
+    if how == "the collator":
+        trainer = make_sft(train_dataset=Rows(), data_collator=collator, max_steps=1)
+    else:
+        trainer = make_configured([], {"train_dataset": Rows()}, response_template="w11",
+                                  max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 5, EOS]] * 4
+    trainer.train()
+
+
+def test_each_rank_reads_the_streams_in_a_dict_of_evaluation_sets(make_sft):
+    streams = {"held": rows_of(TEXTS).to_iterable_dataset()}
+    trainer = make_sft(eval_dataset=streams)
+    assert trainer.accelerator.dispatch_batches is False
+    assert trainer.evaluate()["eval_held_loss"] > 0
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation", "a dict", "evaluate"])
+def test_a_constant_length_dataset_is_checked_wherever_it_is_given(where, make_sft, tokenizer):
+    class Packed(ConstantLengthDataset):
+        pass
+
+    packed = Packed(tokenizer, rows_of(TEXTS), "text", seq_length=6)
+    with pytest.raises(InputError, match="packing: "):
+        if where == "evaluate":
+            make_sft(opt()).evaluate(packed)
+        elif where == "training":
+            make_sft(opt(), train_dataset=packed)
+        else:
+            make_sft(opt(), eval_dataset=packed if where == "evaluation" else {"held": packed})
+
+
+def test_the_positions_of_a_model_with_images_are_those_of_its_text():
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "vocab_size": VOCAB,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    images = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = LlavaConfig(text_config=text, vision_config=images)
+    assert number_of_positions(LlavaForConditionalGeneration(config)) == 64
 
 
 def test_a_data_collator_that_is_given_is_used(make_sft, tokenizer):
@@ -944,7 +1200,7 @@ def test_a_packed_step_descends_the_loss_of_its_documents_alone(arch, attention,
     assert sorted(map(len, ids(trainer.train_dataset))) == [4, 12]
     begins = [d[:2] for d in documents]
     labels = [[p[0], IGNORE if p[:2] in begins else p[1], *p[2:]] for p in pieces]
-    check_one_step(trainer, list(zip(pieces, labels)))
+    check_one_step(trainer, list(zip(pieces, labels, strict=True)))
 
 
 @pytest.mark.parametrize("arch", ["llama", "t5"])
@@ -1034,7 +1290,7 @@ def test_a_resumed_run_of_a_constant_length_dataset_repeats_the_losses(make_sft,
     rest = make(save_steps=100)
     rest.train(resume_from_checkpoint=f"{rest.args.output_dir}/checkpoint-{steps - 2}")
     assert losses(rest) == losses(whole)
-    for a, b in zip(whole.model.parameters(), rest.model.parameters()):
+    for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -1143,15 +1399,16 @@ BAD = {  # the arguments, and what the message names
     "no such column": (dict(rows=[{"words": "w4"}]), ["words", "dataset_text_field"]),
     "no such text field": (
         dict(rows=[{"text": "w4"}], dataset_text_field="body"), ["text", "body"]),
-    "an empty dataset": (dict(rows=EMPTY), ["training"]),
-    "an empty stream": (dict(rows=IterableDataset.from_generator(lambda: iter([]))), ["training"]),
-    "an empty evaluation set": (dict(eval_dataset=EMPTY), ["evaluation"]),
+    "an empty dataset": (dict(rows=EMPTY), ["train_dataset"]),
+    "an empty stream": (
+        dict(rows=IterableDataset.from_generator(lambda: iter([]))), ["train_dataset"]),
+    "an empty evaluation set": (dict(eval_dataset=EMPTY), ["eval_dataset"]),
     "an empty named evaluation set": (dict(eval_dataset={"held": EMPTY}), ["held"]),
-    "an empty dataset to pack": (dict(rows=EMPTY, packing=True), ["training"]),
-    "no label": (dict(rows=UNLABELED), ["training"]),
+    "an empty dataset to pack": (dict(rows=EMPTY, packing=True), ["train_dataset"]),
+    "no label": (dict(rows=UNLABELED), ["train_dataset"]),
     "no label to pack": (dict(rows=UNLABELED, packing=True, max_seq_length=8), ["labels"]),
     "prompts that fill max_seq_length": (
-        dict(rows=PAIRS[2:3], max_seq_length=3), ["training", "max_seq_length", "3"]),
+        dict(rows=PAIRS[2:3], max_seq_length=3), ["train_dataset", "max_seq_length", "3"]),
     "a row with one token": (dict(max_seq_length=1), ["max_seq_length=1"]),
     "more than the model's positions": (dict(max_seq_length=65), ["max_seq_length=65", "64"]),
     "too little to pack": (
@@ -1164,8 +1421,8 @@ BAD = {  # the arguments, and what the message names
     "model_init_kwargs for a model": (
         dict(model_init_kwargs={"dtype": "auto"}), ["model_init_kwargs"]),
     "an unknown model": (dict(model="./nowhere"), ["./nowhere"]),
-    "a text that is a number": (dict(rows=[{"text": 4}]), ["training"]),
-    "a text that is missing": (dict(rows=[{"text": "w4 w5"}, {"text": None}]), ["training"]),
+    "a text that is a number": (dict(rows=[{"text": 4}]), ["train_dataset"]),
+    "a text that is missing": (dict(rows=[{"text": "w4 w5"}, {"text": None}]), ["train_dataset"]),
 }
 
 
@@ -1216,7 +1473,8 @@ def test_a_model_without_a_name_needs_a_tokenizer(make_args):
 # --------------------------------------------------------------------------------- TRL 0.7.10
 RECORDED = json.loads(Path(__file__).with_name("recorded_sft.json").read_text())
 AS_TEXT = {"one": lambda row: f"Q: {row['q']} A: {row['a']}",
-           "many": lambda batch: [f"Q: {q} A: {a}" for q, a in zip(batch["q"], batch["a"])],
+           "many": lambda batch: [
+               f"Q: {q} A: {a}" for q, a in zip(batch["q"], batch["a"], strict=True)],
            None: None}
 
 
@@ -1268,6 +1526,7 @@ def test_packing_fills_the_recorded_rows(case):
     assert ids(got) == case["input_ids"] == [row["labels"].tolist() for row in got]
 
 
+@pytest.mark.filterwarnings("ignore:response_template")
 @cases("completion")
 def test_the_collator_for_completions_keeps_the_recorded_labels(case):
     tokenizer = recorded_tokenizer()

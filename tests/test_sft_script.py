@@ -17,14 +17,22 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import HOME, SEQ2SEQ, hf_model
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer,
-                          GenerationMixin, MixtralConfig, MixtralForCausalLM, Trainer,
-                          TrainingArguments, pipeline)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationMixin,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from common import TOY, InputError, setup_ranks
-from conftest import HOME, SEQ2SEQ, hf_model
 from sft import SFTConfig, SFTTrainer, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
@@ -131,7 +139,7 @@ def test_a_run_leaves_a_model_that_the_plain_classes_load(finished_run):
     out = finished_run[0]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     before = AutoModelForCausalLM.from_pretrained(TOY / "blank")
-    pairs = zip(model.parameters(), before.parameters())
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
     assert any((a != b).any() for a, b in pairs) and model.dtype == torch.float32
     write = pipeline("text-generation", model=str(out), tokenizer=tokenizer)
     text = write("the plot was", max_new_tokens=4)[0]["generated_text"]
@@ -159,7 +167,7 @@ def test_samples_are_kept_from_before_and_after(finished_run):
     assert all(row["prompt"] and row["completion"] in screen for row in after)
     held_out = [json.loads(line)["text"] for line in
                 (TOY / "reviews_test.jsonl").read_text().splitlines()[:5]]
-    assert all(text.startswith(row["prompt"]) for text, row in zip(held_out, before))
+    assert all(text.startswith(row["prompt"]) for text, row in zip(held_out, before, strict=True))
     # what follows is new text, without the prompt and without special tokens
     assert not any(row["completion"].startswith(row["prompt"]) for row in rows)
     assert not any("</s>" in row["completion"] or "<pad>" in row["completion"] for row in rows)
@@ -347,7 +355,7 @@ def test_two_ranks_give_what_one_process_gives(two_ranks):
     for name in a:  # sums of float32 in another order: 1e-4 of how far a weight has moved
         far = (a[name] - before[name]).abs().max().item()
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-3 * far + 1e-7,
-                                   msg=lambda m: f"{name}: {m}")
+                                   msg=lambda m, name=name: f"{name}: {m}")
     evals = [row["eval_loss"] for row in one if "eval_loss" in row]
     assert len(evals) == 2 and returned["eval_loss"] == evals[-1]
 
@@ -391,7 +399,7 @@ def test_a_model_of_a_folder_trains_and_is_saved_as_it_is(arch, tmp_path):
     auto = AutoModelForSeq2SeqLM if arch in SEQ2SEQ else AutoModelForCausalLM
     before, after = [auto.from_pretrained(folder) for folder in (name, out)]
     assert type(after) is type(before)
-    assert any((a != b).any() for a, b in zip(after.parameters(), before.parameters()))
+    assert any((a != b).any() for a, b in zip(after.parameters(), before.parameters(), strict=True))
     assert returned["eval_loss"] < math.log(400) + 1
     samples = lines(out / "samples.jsonl")
     assert [row["prompt"] for row in samples] == [row["prompt"] for row in rows[:5]] * 2
@@ -470,6 +478,34 @@ def test_given_tokens_train_and_samples_continue_their_prompt(tmp_path, built):
     assert trained_on(built[0], built[0].train_dataset[0]) == built[0].processing_class.decode([9])
     prompt = lines(tmp_path / "out" / "samples.jsonl")[0]["prompt"]
     assert prompt == built[0].processing_class.decode([5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("fields", [{}, {"assistant_only_loss": True}, {"packing": True}],
+                         ids=lambda fields: "-".join(fields) or "all turns")
+def test_samples_of_chats_answer_the_last_question(fields, tmp_path, monkeypatch):
+    asked, plain = [], GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, input_ids, **kwargs: (
+        asked.append(input_ids[0].tolist()) or plain(self, input_ids, **kwargs)))
+    first = [{"role": "system", "content": "be kind."}, {"role": "user", "content": "the start?"},
+             {"role": "assistant", "content": " the end."}]
+    rows = [{"messages": first + row["messages"]} for row in chats(2)]
+    model = tiny(tmp_path / "model", "qwen3", TEMPLATE, max_position_embeddings=256)
+    main(small(tmp_path / "out", model_name=model, max_steps=1, **fields,
+               dataset=write_rows(tmp_path / "chats.jsonl", rows)))
+    samples = lines(tmp_path / "out" / "samples.jsonl")
+    assert [row["prompt"] for row in samples] == [pair["prompt"] for pair in PAIRS[:2]] * 2
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(asked[0]) == (
+        f"system: be kind. user: the start? assistant:  the end.{tokenizer.eos_token}"
+        f"user: {PAIRS[0]['prompt']} assistant: ")
+
+
+def test_packed_rows_may_begin_with_a_prompt_that_fills_them(tmp_path):
+    """Without an evaluation set the samples are of training rows."""
+    rows = [{"prompt": " ".join(["the"] * 40), "completion": " end"}] * 8
+    main(small(tmp_path / "out", dataset=write_rows(tmp_path / "rows.jsonl", rows), packing=True,
+               max_seq_length=8))
+    assert lines(tmp_path / "out" / "samples.jsonl")[0]["prompt"] == rows[0]["prompt"]
 
 
 def test_the_sample_of_a_row_as_long_as_the_model_takes_fits_its_positions(tmp_path, monkeypatch):

@@ -1,24 +1,27 @@
-"""Make the toy world: tiny models and their data, small enough to train on one core in a few minutes.
+"""Make the toy models and their data: small enough to train in minutes on one CPU core.
 
     python toy/make.py
 
-Everything comes from one small grammar of film reviews. A review judges four aspects of a film, each with an adverb
-and an adjective, kindly or unkindly:
+All texts come from one grammar of film reviews. A review judges four aspects of a film, each with
+an adverb and an adjective, positive or negative:
 
-    to me the plot was utterly dull, the music was very moving, the acting was fairly flat and the ending was very weak.
+    to me the plot was utterly dull, the music was very moving, the acting was fairly flat and
+    the ending was very weak.
 
-The choices are independent and their probabilities known. So we know what the world holds: how many nats a perfect
-language model would lose on a review (`entropy`), and how positive a review truly is (`valence`). The files, all in
-ordinary Hugging Face formats, lie beside this one:
+The choices are independent and their probabilities are known. So two things are known exactly: how
+positive a review is (`valence`), and the loss of a perfect language model (`entropy`).
 
-    blank/                              a causal language model that has learnt nothing yet, in half precision, and its tokenizer
-    model/                              the same, trained on the reviews by sft.py
-    reward/                             a classifier with one output, trained by reward.py: higher is more positive
-    blank_reward/                       the same before it has learnt anything, in half precision: where reward.py starts
-    reviews.jsonl  reviews_test.jsonl   {"text"}                        whole reviews
-    prompts.jsonl                       {"query"}                       beginnings of reviews
-    pairs.jsonl    pairs_test.jsonl     {"prompt", "chosen", "rejected"} two ways to go on; chosen is more positive
-    pipeline/      shapes.txt           what draws coloured shapes, by make_pipeline.py
+The script writes these files next to itself, in Hugging Face's formats:
+
+    blank/                 a language model with random weights, in half precision; its tokenizer
+    model/                 the same model, trained on the reviews by sft.py
+    blank_reward/          a classifier with one output and random weights, in half precision
+    reward/                the same classifier, trained by reward.py: higher is more positive
+    reviews.jsonl          {"text"}: whole reviews; held out: reviews_test.jsonl
+    prompts.jsonl          {"query"}: beginnings of reviews
+    pairs.jsonl            {"prompt", "chosen", "rejected"}: two ways to complete a beginning, of
+                           which the chosen one is more positive; held out: pairs_test.jsonl
+    pipeline/, shapes.txt  a text-to-image pipeline and its prompts: see make_pipeline.py
 """
 import json
 import math
@@ -32,196 +35,296 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast,
-                          set_seed)
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent))  # where sft.py and reward.py are
+
+from make_pipeline import make_pipeline  # noqa: E402
 
 import sft  # noqa: E402
-from make_pipeline import make_pipeline  # noqa: E402
 from reward import RewardConfig, RewardTrainer  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------- the grammar
-
-CLAUSES = 4
-GOOD = 0.35                             # the chance of a good mood: critics are harsh, which leaves room to improve
-OPENINGS = ["", "i thought ", "to me ", "in short, ", "for once "]     # the first word tells which
+# ----------------------------------------------------------------------------- the grammar
+CLAUSES = 4  # judgements per review
+GOOD = 0.35  # probability of a positive judgement: low, so that training has room to raise it
+OPENINGS = ["", "i thought ", "to me ", "in short, ", "for once "]  # their first words differ
 ASPECTS = ["plot", "acting", "music", "ending", "dialogue", "pacing", "editing", "setting"]
 INTENSITY = {"slightly": 0.5, "fairly": 1.0, "very": 1.5, "utterly": 2.0}
 POSITIVE = ["charming", "moving", "clever", "lovely", "gripping", "elegant", "fresh", "touching"]
 NEGATIVE = ["dull", "weak", "flat", "clumsy", "boring", "bland", "hollow", "stale"]
+JUDGEMENT = re.compile(f"({'|'.join(INTENSITY)}) ({'|'.join(POSITIVE + NEGATIVE)})")
 
 
-def judge(rng, good):
-    """One judgement, such as "very dull": mood, adverb and adjective are independent."""
-    mood = POSITIVE if rng.random() < good else NEGATIVE
-    return f"{rng.choice(list(INTENSITY))} {rng.choice(mood)}"
+def draw_judgement(rng, good):
+    """Draw one judgement, such as "very dull". Mood, adverb and adjective are independent.
+
+    good: probability of a positive judgement."""
+    adjectives = POSITIVE if rng.random() < good else NEGATIVE
+    adverb = rng.choice(list(INTENSITY))
+    return f"{adverb} {rng.choice(adjectives)}"
 
 
-def draw(rng, opening=None, aspects=(), judgements=(), good=GOOD):
-    """Draw the parts of a review, or those that are missing from one that has begun. No aspect comes twice."""
-    opening = rng.choice(OPENINGS) if opening is None else opening
+def complete_review(rng, opening, aspects, judgements, good):
+    """Draw the parts that a review still lacks. No aspect comes twice.
+
+    Returns the parts of the whole review: opening, aspects, judgements."""
     unused = [aspect for aspect in ASPECTS if aspect not in aspects]
-    return (opening, [*aspects, *rng.sample(unused, CLAUSES - len(aspects))],
-            [*judgements, *(judge(rng, good) for _ in range(CLAUSES - len(judgements)))])
+    aspects = aspects + rng.sample(unused, CLAUSES - len(aspects))
+    while len(judgements) < CLAUSES:
+        judgements = [*judgements, draw_judgement(rng, good)]
+    return opening, aspects, judgements
 
 
-def write(opening, aspects, judgements):
-    *first, last = [f"the {aspect} was {judgement}" for aspect, judgement in zip(aspects, judgements)]
-    return f"{opening}{', '.join(first)} and {last}."
+def draw_review(rng, good=GOOD):
+    """Draw the parts of a review: opening, aspects, judgements."""
+    opening = rng.choice(OPENINGS)
+    return complete_review(rng, opening, [], [], good)
 
 
-def pair(rng):
-    """Two reviews with the same beginning, which is cut at the first "was" or, one time in three, at the second.
+def write_review(opening, aspects, judgements):
+    """Write the text of a review from its parts."""
+    clauses = []
+    for aspect, judgement in zip(aspects, judgements, strict=True):
+        clauses.append(f"the {aspect} was {judgement}")
+    return f"{opening}{', '.join(clauses[:-1])} and {clauses[-1]}."
 
-    Kind and unkind in equal parts, so that the reward model learns both ends of its scale equally well."""
-    opening, aspects, judgements = draw(rng, good=0.5)
+
+def draw_pair(rng):
+    """Draw a beginning of a review and two ways to complete it, the less positive one first.
+
+    The beginning ends with the first "was" or, once in three times, with the second. Both moods
+    are equally likely, so that a reward model learns both ends of its scale equally well."""
+    opening, aspects, judgements = draw_review(rng, good=0.5)
     cut = rng.choice([1, 1, 2])
-    start = opening, aspects[:cut], judgements[:cut - 1]
-    texts = sorted((write(*draw(rng, *start, good=0.5)) for _ in range(2)), key=valence)
-    prompt = " was".join(texts[0].split(" was")[:cut]) + " was"
-    return prompt, *texts
+    begun = (opening, aspects[:cut], judgements[:cut - 1])
+    texts = [write_review(*complete_review(rng, *begun, good=0.5)) for _ in range(2)]
+    worse, better = sorted(texts, key=valence)
+    prompt = " was".join(worse.split(" was")[:cut]) + " was"
+    return prompt, worse[len(prompt):], better[len(prompt):]
 
 
 def valence(text):
-    """How positive a text is: the sum of its judgements, each with the sign of its mood and the size of its adverb."""
-    found = re.findall(rf"({'|'.join(INTENSITY)}) ({'|'.join(POSITIVE + NEGATIVE)})", text)
-    return sum(INTENSITY[adverb] if adjective in POSITIVE else -INTENSITY[adverb] for adverb, adjective in found)
+    """Compute how positive a text is: the sum of its adverbs' intensities, each with the sign of
+    its adjective."""
+    total = 0.0
+    for adverb, adjective in JUDGEMENT.findall(text):
+        sign = 1 if adjective in POSITIVE else -1
+        total += sign * INTENSITY[adverb]
+    return total
 
 
 def entropy(good=GOOD):
-    """Nats per review, given its first word (which a model without a start token is never asked to predict).
+    """Compute the loss of a perfect language model in nats per review.
 
-    `good` is the share of good moods. With the share found in some reviews this is their exact mean surprise, since
-    every other choice is uniform; with the default it is the entropy of the grammar.
-    """
+    A model without a start token never predicts the first word, which determines the opening.
+    good: fraction of positive judgements. The default gives the entropy of the grammar. The
+    fraction in some given reviews gives the exact loss on these, since all other choices are
+    uniform."""
     mood = -good * math.log(GOOD) - (1 - good) * math.log(1 - GOOD)
     judgement = mood + math.log(len(INTENSITY)) + math.log(len(POSITIVE))
-    return math.log(math.perm(len(ASPECTS), CLAUSES)) + CLAUSES * judgement
+    aspects = math.log(math.perm(len(ASPECTS), CLAUSES))
+    return aspects + CLAUSES * judgement
 
 
-# ------------------------------------------------------------------------------------------------------- the data
-
-def make_data():
+# ----------------------------------------------------------------------------- the data
+def make_data(folder=HERE):
+    """Write the data files into a folder. Returns their rows, keyed by the files' names."""
     rng = random.Random(0)
-    reviews = [{"text": write(*draw(rng))} for _ in range(6500)]
-    prompts = [{"query": f"{rng.choice(OPENINGS)}the {rng.choice(ASPECTS)} was"} for _ in range(1024)]
+    reviews = [{"text": write_review(*draw_review(rng))} for _ in range(6500)]
+    prompts = []
+    for _ in range(1024):
+        opening = rng.choice(OPENINGS)
+        prompts.append({"query": f"{opening}the {rng.choice(ASPECTS)} was"})
     pairs = []
     while len(pairs) < 3500:
-        prompt, worse, better = pair(rng)
-        if valence(worse) < valence(better):                                        # a tie teaches nothing
-            pairs.append({"prompt": prompt, "chosen": better[len(prompt):], "rejected": worse[len(prompt):]})
-    data = {"reviews": reviews[:6000], "reviews_test": reviews[6000:], "prompts": prompts,
-            "pairs": pairs[:3000], "pairs_test": pairs[3000:]}
+        prompt, worse, better = draw_pair(rng)
+        if valence(worse) < valence(better):  # a tie has no better text
+            pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})
+    data = {
+        "reviews": reviews[:6000],
+        "reviews_test": reviews[6000:],
+        "prompts": prompts,
+        "pairs": pairs[:3000],
+        "pairs_test": pairs[3000:],
+    }
     for name, rows in data.items():
-        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps(row) + "\n" for row in rows]
+        Path(folder, f"{name}.jsonl").write_text("".join(lines))
     return data
 
 
-def make_tokenizer(texts):
-    """Byte-level BPE: it can encode any text, and the merges run until each word of the grammar is one token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<pad>", "<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>", padding_side="left",
-        model_max_length=128, clean_up_tokenization_spaces=False)
+def draw_pairs_with_margins(n, eos_token):
+    """Draw n pairs for the reward model, each with its margin: by how much chosen is better.
 
-
-# ----------------------------------------------------------------------------------------------------- the models
-
-def config(tokenizer, layers, width):
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=width, n_layer=layers, n_head=4, num_labels=1,
-                      initializer_range=0.05,                    # narrow models learn faster from a wider start
-                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special)
-
-
-def encode(tokenizer, texts):
-    """A batch padded on the right, so that positions count from the first word."""
-    return tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-
-
-def score(model, tokenizer, texts):
-    return model(**encode(tokenizer, texts)).logits.squeeze(-1)
-
-
-def score_pairs(model, tokenizer, rows):
-    """The scores of the chosen texts and those of the rejected."""
-    texts = [row["prompt"] + row[side] for side in ("chosen", "rejected") for row in rows]
-    return score(model, tokenizer, texts).chunk(2)
-
-
-def train_language_model(tokenizer):
-    """The language model, by sft.py's default run -> model, its loss on the test reviews in nats per token."""
-    set_seed(0)
-    GPT2LMHeadModel(config(tokenizer, layers=1, width=72)).half().save_pretrained(HERE / "blank")
-    tokenizer.save_pretrained(HERE / "blank")
-    with tempfile.TemporaryDirectory() as folder:
-        metrics = sft.main(sft.SFTConfig(folder, save_strategy="no"))
-        return GPT2LMHeadModel.from_pretrained(folder), metrics["eval_loss"]
-
-
-def judged_pairs(n, eos_token):
-    """Fresh pairs for the reward model, and by how much the chosen text of each is better: its `margin`.
-
-    The pairs in the files are noise-free, and from those alone the scores would grow without bound. Here we know by how
-    much a text is better, and so may say that the labels tell nothing (label_smoothing_factor=0.5) and the margins all: the
-    best score is then the valence itself, up to a constant, which centring draws to where scores are zero on average.
-
-    Some texts are cut at a comma, some have the end mark: an unfinished text is scored by what it says so far."""
-    rng, rows = random.Random(1), []
+    Some texts are cut at a comma and some have no end token, so that the model learns to score
+    unfinished texts too. After the cut the chosen text may be the less positive one: its margin is
+    then negative."""
+    rng = random.Random(1)
+    rows = []
     while len(rows) < n:
-        prompt, *texts = pair(rng)
-        clauses, end = rng.choice([1, 2, CLAUSES]), rng.choice(["", eos_token])
-        worse, better = (",".join(text[len(prompt):].split(",")[:clauses]) + end for text in texts)
+        prompt, worse, better = draw_pair(rng)
+        clauses = rng.choice([1, 2, CLAUSES])
+        end = rng.choice(["", eos_token])
+        worse = ",".join(worse.split(",")[:clauses]) + end
+        better = ",".join(better.split(",")[:clauses]) + end
         if worse != better:
-            rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "margin": valence(better) - valence(worse)})
+            margin = valence(better) - valence(worse)
+            rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "margin": margin})
     return rows
 
 
-def train_reward(tokenizer, n=30000):
-    """The reward model, by reward.py: in one pass over n pairs. One layer joins each adjective to its adverb, a second sums up."""
+def make_tokenizer(texts):
+    """Train a byte-level BPE: it encodes any text, and each word of the grammar is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,  # more than the merges need until each word is one token
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<eos>",
+        padding_side="left",
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ----------------------------------------------------------------------------- the models
+def make_config(tokenizer, layers, width):
+    """Make the config of a small GPT-2 without dropout."""
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=128,
+        n_embd=width,
+        n_layer=layers,
+        n_head=4,
+        num_labels=1,
+        initializer_range=0.05,  # a narrow model learns faster from larger initial weights
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_language_model(tokenizer):
+    """Write blank/, then train it by the default run of sft.py.
+
+    Returns the trained model and its loss on the test reviews, in nats per token."""
     set_seed(0)
-    GPT2ForSequenceClassification(config(tokenizer, layers=2, width=56)).half().save_pretrained(HERE / "blank_reward")
-    tokenizer.save_pretrained(HERE / "blank_reward")
-    model = GPT2ForSequenceClassification.from_pretrained(HERE / "blank_reward", dtype=torch.float32)
+    model = GPT2LMHeadModel(make_config(tokenizer, layers=1, width=72))
+    model.half().save_pretrained(HERE / "blank")
+    tokenizer.save_pretrained(HERE / "blank")
     with tempfile.TemporaryDirectory() as folder:
-        how = RewardConfig(folder, per_device_train_batch_size=64, num_train_epochs=1, learning_rate=2e-3, weight_decay=0.01,
-                           lr_scheduler_type="cosine", label_smoothing_factor=0.5, center_rewards_coefficient=0.0003,
-                           gradient_checkpointing=False, remove_unused_columns=False, save_strategy="no", disable_tqdm=True)
-        rows = Dataset.from_list(judged_pairs(n, tokenizer.eos_token))
-        RewardTrainer(model, how, tokenizer=tokenizer, train_dataset=rows).train()
+        metrics = sft.main(sft.SFTConfig(output_dir=folder, save_strategy="no"))
+        model = GPT2LMHeadModel.from_pretrained(folder)
+    return model, metrics["eval_loss"]
+
+
+def train_reward(tokenizer, n=30000):
+    """Write blank_reward/, then train it by reward.py in one pass over n pairs. Returns the model.
+
+    One layer joins each adjective with its adverb, the other sums the judgements.
+
+    The labels of the pairs have no noise: from labels alone the scores would grow without bound.
+    So label_smoothing_factor=0.5 takes all information out of the labels and leaves it in the
+    margins. The best score is then the valence plus a constant, which the centering fixes."""
+    set_seed(0)
+    model = GPT2ForSequenceClassification(make_config(tokenizer, layers=2, width=56))
+    model.half().save_pretrained(HERE / "blank_reward")
+    tokenizer.save_pretrained(HERE / "blank_reward")
+    model = GPT2ForSequenceClassification.from_pretrained(
+        HERE / "blank_reward", dtype=torch.float32)
+    rows = draw_pairs_with_margins(n, tokenizer.eos_token)
+    with tempfile.TemporaryDirectory() as folder:
+        args = RewardConfig(
+            output_dir=folder,
+            per_device_train_batch_size=64,
+            num_train_epochs=1,
+            learning_rate=2e-3,
+            lr_scheduler_type="cosine",
+            weight_decay=0.01,
+            label_smoothing_factor=0.5,
+            center_rewards_coefficient=0.0003,
+            gradient_checkpointing=False,
+            remove_unused_columns=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = RewardTrainer(
+            model, args, tokenizer=tokenizer, train_dataset=Dataset.from_list(rows))
+        trainer.train()
     return model.eval()
+
+
+# ----------------------------------------------------------------------------- the report
+def score(model, tokenizer, texts):
+    """Compute the reward model's scores of n texts, [n]."""
+    # padded on the right, so that positions count from the first word
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    return model(**batch).logits.squeeze(-1)
+
+
+def report_language_model(model, loss, tokenizer, reviews):
+    """Print the loss of the language model on the test reviews, and that of a perfect model."""
+    texts = [row["text"] for row in reviews]
+    positive = sum(text.count(word) for text in texts for word in POSITIVE)
+    good = positive / (CLAUSES * len(texts))
+    # per review the model predicts all tokens but the first, and the end token
+    tokens = sum(map(len, tokenizer(texts).input_ids)) / len(texts)
+    print(f"model: {model.num_parameters()} parameters, {len(tokenizer)} tokens")
+    print(f"    loss: {loss:.4f} nats per token, {tokens:.1f} tokens per test review")
+    print(f"    a perfect model's: {entropy(good) / tokens:.4f} on the test reviews, "
+          f"{entropy() / tokens:.4f} on all reviews of the grammar")
+
+
+def report_reward(reward, model, tokenizer, pairs, prompts):
+    """Print the accuracy of the reward model, and compare its scores with the valence."""
+    chosen = score(reward, tokenizer, [row["prompt"] + row["chosen"] for row in pairs])
+    rejected = score(reward, tokenizer, [row["prompt"] + row["rejected"] for row in pairs])
+    accuracy = (chosen > rejected).float().mean()
+
+    queries = [row["query"] for row in prompts]
+    batch = tokenizer(queries, padding=True, padding_side="left", return_tensors="pt")
+    samples = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=24)
+    samples = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    scores = score(reward, tokenizer, samples)
+    valences = torch.tensor([valence(text) for text in samples])
+    correlation = torch.corrcoef(torch.stack([scores, valences]))[0, 1]
+    print(f"reward: {reward.num_parameters()} parameters")
+    print(f"    accuracy: {accuracy:.3f} on the test pairs")
+    print(f"    scores of {len(samples)} samples of the model: mean {scores.mean():.2f}, "
+          f"std {scores.std():.2f}, correlation with the valence {correlation:.3f}")
+    for text, value in zip(samples[:3], scores[:3], strict=True):
+        print(f"    {value:5.2f}  {text}")
 
 
 @torch.no_grad()
 def report(model, loss, reward, tokenizer, data):
-    texts = [row["text"] for row in data["reviews_test"]]
-    good = sum(text.count(word) for text in texts for word in POSITIVE) / CLAUSES / len(texts)
-    tokens = sum(map(len, tokenizer(texts).input_ids)) / len(texts)     # the first is given, but the end mark is not
-    chosen, rejected = score_pairs(reward, tokenizer, data["pairs_test"])
-    queries = [row["query"] for row in data["prompts"][:512]]
-    batch = tokenizer(queries, return_tensors="pt", padding=True, padding_side="left")
-    samples = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=24)
-    samples = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    scores, truth = score(reward, tokenizer, samples), torch.tensor([valence(text) for text in samples])
-    print(f"weights: {model.num_parameters()} in model, {reward.num_parameters()} in reward; {len(tokenizer)} tokens")
-    print(f"model: {loss:.4f} nats per token in {tokens:.1f} tokens of a test review")
-    print(f"    a perfect model: {entropy(good) / tokens:.4f} on these reviews, {entropy() / tokens:.4f} on all")
-    print(f"reward: accuracy {(chosen > rejected).float().mean():.3f} on the test pairs; on 512 samples of the model "
-          f"mean {scores.mean():.2f}, std {scores.std():.2f}, "
-          f"correlation with the valence {torch.corrcoef(torch.stack([scores, truth]))[0, 1]:.3f}")
-    for text, value in zip(samples[:3], scores):
-        print(f"    {value:5.2f}  {text}")
+    """Print what the models have learned."""
+    report_language_model(model, loss, tokenizer, data["reviews_test"])
+    report_reward(reward, model, tokenizer, data["pairs_test"], data["prompts"][:512])
 
 
 def main():
+    """Make everything in toy/."""
     start = time.time()
     set_seed(0)
     torch.set_num_threads(1)
@@ -231,13 +334,15 @@ def main():
     model, loss = train_language_model(tokenizer)
     model.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
-    tokenizer.padding_side = "right"            # the classifier works out no positions: they count from the row's start
+    # GPT-2's classifier counts positions from the row's first column, padding included
+    tokenizer.padding_side = "right"
     reward = train_reward(tokenizer)
     reward.save_pretrained(HERE / "reward")
     tokenizer.save_pretrained(HERE / "reward")
     report(model, loss, reward, tokenizer, data)
     make_pipeline()
-    size = sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix != ".py" and path.is_file())
+    files = [path for path in HERE.rglob("*") if path.is_file() and path.suffix != ".py"]
+    size = sum(path.stat().st_size for path in files)
     print(f"{size / 1e6:.2f} MB in {HERE.name}/, made in {time.time() - start:.0f} s")
 
 
