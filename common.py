@@ -83,7 +83,7 @@ def setup_ranks():
     """Prepare torchrun's processes; call it before anything of accelerate or Trainer.
 
     With GPUs each process takes its own. Without one, accelerate would start WORLD_SIZE independent
-    copies of the job: told to use the CPU, it forms a gloo group."""
+    copies of the job; with ACCELERATE_USE_CPU it forms a gloo group."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # float32 products may use TF32
@@ -264,7 +264,7 @@ class PreTrainedModelWrapper(nn.Module):
         head = pretrained_model.get_output_embeddings()
         if head is None:
             names = ", ".join(self.lm_head_namings)
-            raise ValueError(f"{type(pretrained_model).__name__} has no language modelling head "
+            raise ValueError(f"{type(pretrained_model).__name__} has no language modeling head "
                              f"({names}, ...); load a model that "
                              f"{self.transformers_parent_class.__name__} opens")
         self.pretrained_model = pretrained_model
@@ -717,7 +717,7 @@ def scale_learning_rate(rate, model):
 
 
 def use_few_threads(model):
-    """Use one thread for a model below a million weights: to share its products takes longer."""
+    """Use one thread for a model below a million weights: splitting its products takes longer."""
     if sum(p.numel() for p in model.parameters()) < 10**6:
         torch.set_num_threads(1)
 
@@ -778,6 +778,14 @@ def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=Fa
             prompt = {"query": query, "input_ids": ids, "shown": shown, "metadata": row}
             prompts.append({**(row if keep_columns else {}), **prompt})
     return prompts
+
+
+def longest_prompt(model, max_new_tokens):
+    """Return how many tokens of a prompt leave room for the response; None: any number."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if model.config.is_encoder_decoder or positions is None:
+        return None
+    return positions - max_new_tokens
 
 
 def is_chat(prompt):
@@ -1083,6 +1091,55 @@ library_name: transformers
 
 
 # ----------------------------------------------------------------------------- files on Trainer
+def start_run(config):
+    """Check the output folder and the checkpoint to resume from, and seed all random numbers.
+
+    Returns the folder, and the checkpoint or None. Raises InputError."""
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = trainer_checkpoint(config.resume_from_checkpoint)
+    writable_folder(config.output_dir, fresh=not checkpoint)
+    set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
+    return Path(config.output_dir), checkpoint
+
+
+def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
+    """Load config.dataset and config.eval_dataset, which is None if there is none.
+
+    Without config.dataset: the files of the toy."""
+    rows = load_rows(config.dataset or TOY / toy_rows)
+    if config.eval_dataset:
+        return rows, load_rows(config.eval_dataset)
+    return rows, None if config.dataset else load_rows(TOY / toy_eval_rows)
+
+
+class TokenMeanEvaluation:
+    """Make eval_loss the mean over all tokens of all ranks, not over batches (a Trainer's mixin).
+
+    `compute_loss` calls add_to_evaluation when the model is in eval mode."""
+
+    eval_sums = torch.zeros(2)  # of the losses, and their number
+
+    def add_to_evaluation(self, nll, loss_mask):
+        """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
+
+        Ranks repeat rows to fill the last batch: gather_for_metrics drops them, row by row."""
+        row_of_token = loss_mask.nonzero()[:, 0]
+        row_sums = nll.new_zeros(len(loss_mask)).index_add(0, row_of_token, nll.detach())
+        row_counts = loss_mask.sum(1).to(row_sums)
+        sums_and_counts = torch.stack([row_sums, row_counts], dim=1)                    # [B, 2]
+        sums = self.accelerator.gather_for_metrics(sums_and_counts).sum(0)
+        self.eval_sums = self.eval_sums.to(sums.device) + sums
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Run Trainer's loop, and replace its loss."""
+        self.eval_sums = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.eval_sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+
 class Journal(TrainerCallback):
     """Write a Trainer's metrics to metrics.jsonl and show a progress bar, on the main rank.
 

@@ -891,9 +891,9 @@ def check_arguments(args, settings, *, model, model_init, model_init_kwargs, ref
             model is None and model_init is None,
         "model_init: model is given, too; give one or the other":
             model is not None and model_init is not None,
-        "model_init_kwargs: they are for a model that is given by name":
+        "model_init_kwargs: they are for a model given as a string":
             model_init_kwargs is not None and not isinstance(model, str),
-        "ref_model_init_kwargs: they are for a ref_model that is given by name":
+        "ref_model_init_kwargs: they are for a ref_model given as a string":
             ref_model_init_kwargs is not None and not isinstance(ref_model, str),
         "ref_model: it is the model itself and would be trained; omit it, and the model is copied":
             ref_model is not None and ref_model is model and not isinstance(model, str),
@@ -1110,21 +1110,11 @@ def main(config: DPOConfig):
     """Train a language model with DPO on pairs of answers, one chosen and one rejected.
 
     Returns the metrics of the last evaluation, or of the training if there is none."""
-    out = Path(config.output_dir)
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        checkpoint = common.trainer_checkpoint(config.resume_from_checkpoint)
-    common.writable_folder(out, fresh=not checkpoint)
-    set_seed(config.seed)
+    out, checkpoint = common.start_run(config)
     tokenizer, model = common.load_language_model(
         config.model_name or str(TOY / "model"), config.torch_dtype)
     common.use_few_threads(model)
-    pairs = common.load_rows(config.dataset or TOY / "pairs.jsonl")
-    held_out = config.eval_dataset
-    if config.dataset is None and held_out is None:
-        held_out = TOY / "pairs_test.jsonl"
-    if held_out is not None:
-        held_out = common.load_rows(held_out)
+    pairs, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     if config.beta is None and config.model_name is None:
         config.beta = 3.0  # so small a model, moved further, forgets its grammar
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, eval_dataset=held_out,

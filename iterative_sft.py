@@ -73,7 +73,6 @@ from common import (
     explain,
     only_logits_of,
     read_settings,
-    set_seed,
     unsharded,
 )
 
@@ -236,7 +235,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class IterativeSFTTrainer(Trainer):
+class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
     """transformers.Trainer without a dataset: call `step` with rows, as often as you like.
 
         trainer = IterativeSFTTrainer(model, TrainingArguments("out", max_steps=1000), tokenizer)
@@ -484,7 +483,6 @@ class IterativeSFTTrainer(Trainer):
         self.use_state(self.state)
         # losses of optimizer steps: the sum of all, and those since the last line of the log
         self.losses = {"sum": 0.0, "not_logged": []}
-        self.eval_sums = torch.zeros(2)  # of an evaluation: sum of the losses, number of tokens
         self.is_in_train = True
         self.has_started = False
         self.has_finished = False
@@ -654,24 +652,6 @@ class IterativeSFTTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad():
             return self.compute_loss(model, inputs), None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Run Trainer's loop; the loss is the mean over all tokens of all ranks, not batches."""
-        self.eval_sums = torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.eval_sums.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-    def add_to_evaluation(self, nll, loss_mask):
-        """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
-
-        Ranks repeat rows to fill the last batch: gather_for_metrics drops them, row by row."""
-        row_of_token = loss_mask.nonzero()[:, 0]
-        row_sums = nll.new_zeros(len(loss_mask)).index_add(0, row_of_token, nll.detach())
-        both = torch.stack([row_sums, loss_mask.sum(1).to(row_sums)], dim=1)            # [B, 2]
-        sums = self.accelerator.gather_for_metrics(both).sum(0)
-        self.eval_sums = self.eval_sums.to(sums.device) + sums
 
     def evaluate_and_compare(self):
         """Evaluate, note the best model so far, and step a schedule that waits for the metric."""
@@ -892,19 +872,12 @@ def main(config: IterativeSFTConfig):
     """Fine-tune a language model on the best of its own responses, round after round.
 
     Returns the last round's statistics."""
-    out = Path(config.output_dir)
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        checkpoint = common.trainer_checkpoint(config.resume_from_checkpoint)
-    common.writable_folder(out, fresh=not checkpoint)
+    out, checkpoint = common.start_run(config)
     has_card = (out / "README.md").exists()  # the model card is written last
-    set_seed(config.seed)
     tokenizer, model = common.load_language_model(
         config.model_name or str(TOY / "model"), config.torch_dtype)
     common.use_few_threads(model)
-    longest = None
-    if not model.config.is_encoder_decoder and hasattr(model.config, "max_position_embeddings"):
-        longest = model.config.max_position_embeddings - config.max_new_tokens
+    longest = common.longest_prompt(model, config.max_new_tokens)
     prompts = common.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
                                   config.max_query_length, longest)
     held_out = common.load_rows(config.eval_dataset) if config.eval_dataset else None

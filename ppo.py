@@ -883,8 +883,8 @@ class PPOTrainer(LoopTrainer):
         for epoch in range(train_stats[-1]["epoch"] + 1):
             rows = [i for i, minibatch in enumerate(train_stats) if minibatch["epoch"] == epoch]
             ratios = torch.cat([train_stats[i]["policy/ratio"][masks[i]] for i in rows])
-            share = self.config.world_size / self.sum_over_ranks(tokens[rows].sum())
-            stats[f"ppo/policy/log_ratio_epoch_{epoch}"] = ratios.log().abs().sum() * share
+            factor = self.config.world_size / self.sum_over_ranks(tokens[rows].sum())
+            stats[f"ppo/policy/log_ratio_epoch_{epoch}"] = ratios.log().abs().sum() * factor
         return self.gather_stats(stats)
 
     def gather_stats(self, stats):
@@ -1122,9 +1122,7 @@ def main(config: PPOConfig):
     set_seed(config.seed)  # a fresh adapter is the same on all ranks
     tokenizer, model = load_policy(config)
     common.use_few_threads(model)
-    longest = None
-    if not model.config.is_encoder_decoder and hasattr(model.config, "max_position_embeddings"):
-        longest = model.config.max_position_embeddings - config.max_new_tokens
+    longest = common.longest_prompt(model, config.max_new_tokens)
     dataset = common.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
                                   config.max_query_length, longest,
                                   keep_columns=not config.remove_unused_columns)

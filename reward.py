@@ -57,7 +57,6 @@ docs/reward.md.
 import copy
 import warnings
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import numpy as np
@@ -83,7 +82,6 @@ from common import (
     check_ranges,
     explain,
     read_settings,
-    set_seed,
 )
 
 SIDES = ("chosen", "rejected")
@@ -641,18 +639,11 @@ def main(config: ScriptConfig):
     """Train a reward model on pairs of a chosen and a rejected text.
 
     Returns the metrics of the last evaluation."""
-    out = Path(config.output_dir)
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint:
-        checkpoint = common.trainer_checkpoint(checkpoint)
-    common.writable_folder(out, fresh=not checkpoint)
-    set_seed(config.seed)  # a fresh head is the same on all ranks
+    out, checkpoint = common.start_run(config)
     name = config.model_name or str(TOY / "blank_reward")
     tokenizer, model = load_classifier(name, config.torch_dtype)
     common.use_few_threads(model)
-    rows, held_out = common.load_rows(config.dataset or TOY / "pairs.jsonl"), None
-    if config.eval_dataset or not config.dataset:
-        held_out = common.load_rows(config.eval_dataset or TOY / "pairs_test.jsonl")
+    rows, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = RewardTrainer(model, config, None, rows, held_out, tokenizer,
                             callbacks=[common.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar

@@ -45,7 +45,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Literal, Optional
 
 import torch
@@ -159,7 +158,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class SFTTrainer(Trainer):
+class SFTTrainer(common.TokenMeanEvaluation, Trainer):
     """Minimize the loss above with transformers.Trainer.
 
         trainer = SFTTrainer(model, SFTConfig(output_dir="out"), train_dataset=rows,
@@ -281,7 +280,6 @@ class SFTTrainer(Trainer):
         common.prepare_process(self.args)
         self.seq2seq = self.model.config.is_encoder_decoder
         self.model_accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
-        self.eval_sums = torch.zeros(2)
 
         # the data: rows of token ids and labels
         self.max_seq_length = self.longest_row(settings["max_seq_length"])
@@ -449,25 +447,6 @@ class SFTTrainer(Trainer):
         if not isinstance(eval_dataset, dict):  # Trainer calls this method for each set of a dict
             eval_dataset = self.prepare(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Run Trainer's loop. The loss is the mean over all tokens and ranks, not over batches."""
-        self.eval_sums = torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, tokens = self.eval_sums.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-    def add_to_evaluation(self, nll, loss_mask):
-        """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
-
-        Ranks repeat rows to fill the last batch: gather_for_metrics drops them, row by row."""
-        row_of_token = loss_mask.nonzero()[:, 0]
-        row_sums = nll.new_zeros(len(loss_mask)).index_add(0, row_of_token, nll.detach())
-        row_counts = loss_mask.sum(1).to(row_sums)
-        sums_and_counts = torch.stack([row_sums, row_counts], dim=1)                    # [B, 2]
-        sums = self.accelerator.gather_for_metrics(sums_and_counts).sum(0)
-        self.eval_sums = self.eval_sums.to(sums.device) + sums
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Run one evaluation step; all logits are computed only if metrics need them."""
@@ -942,19 +921,12 @@ def main(config: SFTConfig):
     """Fine-tune a language model on texts, prompts with completions, or chats.
 
     Returns the metrics of the last evaluation."""
-    out = Path(config.output_dir)
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        checkpoint = common.trainer_checkpoint(config.resume_from_checkpoint)
-    common.writable_folder(out, fresh=not checkpoint)
-    common.set_seed(config.seed)
+    out, checkpoint = common.start_run(config)
     tokenizer, model = common.load_language_model(
         config.model_name or str(TOY / "blank"), config.torch_dtype)
     common.use_few_threads(model)
-    rows = common.load_rows(config.dataset or TOY / "reviews.jsonl")
-    held_out = config.eval_dataset or (None if config.dataset else TOY / "reviews_test.jsonl")
-    if held_out:
-        held_out = common.load_rows(held_out)
+    rows, held_out = common.load_train_and_eval_rows(
+        config, "reviews.jsonl", "reviews_test.jsonl")
     trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=held_out,
                          tokenizer=tokenizer, callbacks=[common.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar

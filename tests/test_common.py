@@ -1143,7 +1143,7 @@ def test_everything_else_goes_to_transformers_and_the_head_stays_float32(
 @pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
 def test_a_model_without_a_language_modelling_head_is_refused(arch, make_hf_model):
     model = make_hf_model(arch)
-    with pytest.raises(ValueError, match="no language modelling head"):
+    with pytest.raises(ValueError, match="no language modeling head"):
         wrapper_of(arch).from_pretrained(model.encoder if arch == "t5" else model.base_model)
 
 
