@@ -190,6 +190,11 @@ def check_finite(loss, done, of="optimizer steps"):
                          "resume from the last checkpoint with a lower learning rate")
 
 
+def split(rows, size):
+    """Split rows into consecutive parts of this size; the last may be shorter."""
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
 def batches_of_similar_length(lengths, max_tokens):
     """Group row numbers by length into lists of at most max_tokens tokens, padding included."""
     batches = []
@@ -694,6 +699,17 @@ def check_arguments(name, arguments, function):
                          f"{', '.join(unknown)}; its arguments are {', '.join(known)}")
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_choices(config, choices):
+    """Raise InputError for a field that is none of its choices, such as {"torch_dtype": DTYPES}."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
 def read_settings(trainer_class, args, **arguments):
     """Merge a trainer's constructor arguments with its config. Returns {name: value}.
 
@@ -840,6 +856,18 @@ def load_reward(name, label=None, device="cpu"):
         return scores
 
     return reward
+
+
+def join_texts(tokenizer, prompts, responses, is_encoder_decoder):
+    """Return the texts that a reward reads: each prompt (ids) with its response (ids)."""
+    if is_encoder_decoder:
+        prompts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        responses = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [f"{prompt} {text}" for prompt, text in zip(prompts, responses, strict=True)]
+    # together: a decoder may drop the space that a text begins with
+    pairs = zip(prompts, responses, strict=True)
+    ids = [[*map(int, prompt), *map(int, response)] for prompt, response in pairs]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def load_classifier(name, label, device):

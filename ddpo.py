@@ -65,7 +65,16 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import common
-from common import TOY, InputError, LoopTrainer, check_finite, check_ranges, explain, set_seed
+from common import (
+    TOY,
+    InputError,
+    LoopTrainer,
+    check_choices,
+    check_finite,
+    check_ranges,
+    explain,
+    set_seed,
+)
 
 verbosity = logging.get_verbosity()
 logging.set_verbosity_error()  # importing diffusers warns of torchvision, which is not needed
@@ -223,12 +232,8 @@ class DDPOConfig:
             "[0, 1)": ("train_adam_beta1", "train_adam_beta2"),
             "(-inf, inf)": ("sample_guidance_scale",),
         })
-        choices = {"log_with": (None, "wandb", "tensorboard"),
-                   "mixed_precision": (None, "no", "fp16", "bf16")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}={getattr(self, name)!r}: choose "
-                                 f"{', '.join(map(str, allowed))}")
+        check_choices(self, {"log_with": (None, "wandb", "tensorboard"),
+                             "mixed_precision": (None, "no", "fp16", "bf16")})
         self.check_sizes()
         needs = {"max_workers": "async_reward_computation", "lora_r": "use_lora",
                  "lora_alpha": "use_lora",

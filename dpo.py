@@ -871,10 +871,7 @@ def check_settings(settings):
                             "[2, inf)": ("max_length",),
                             "[1, inf)": ("max_prompt_length", "max_target_length",
                                          "dataset_num_proc")})
-    for name, choices in {"loss_type": LOSSES, "truncation_mode": TRUNCATION_MODES}.items():
-        if getattr(settings, name) not in choices:
-            raise InputError(f"{name}={getattr(settings, name)!r}: choose one of "
-                             f"{', '.join(choices)}")
+    common.check_choices(settings, {"loss_type": LOSSES, "truncation_mode": TRUNCATION_MODES})
 
 
 def check_arguments(args, settings, *, model, model_init, model_init_kwargs, ref_model,

@@ -159,9 +159,7 @@ class IterativeSFTConfig(TrainingArguments):
             "[0, inf)": ("learning_rate", "max_grad_norm", "weight_decay", "lora_r"),
             "[0, 1)": ("label_smoothing_factor",),
         })
-        if self.torch_dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise InputError(f"torch_dtype={self.torch_dtype!r}: choose auto, float32, bfloat16 or "
-                             "float16")
+        common.check_choices(self, {"torch_dtype": common.DTYPES})
         if self.num_best > self.num_samples:
             raise InputError(f"num_best={self.num_best} is more than num_samples="
                              f"{self.num_samples}: lower one or raise the other")
@@ -272,8 +270,8 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         # (the large prime keeps the seeds of different runs apart)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + self.state.global_step)
         shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator)]
-        batches = [self.make_batch(part) for part in split(shuffled, args.train_batch_size)]
-        steps = split(batches, args.gradient_accumulation_steps)
+        batches = [self.make_batch(part) for part in common.split(shuffled, args.train_batch_size)]
+        steps = common.split(batches, args.gradient_accumulation_steps)
 
         first_epoch = self.state.epoch
         batches_done = 0
@@ -423,9 +421,7 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         self.max_length = settings["max_length"]
         self.truncation_mode = settings["truncation_mode"]
         self.optimize_device_cache = settings["optimize_device_cache"]
-        if self.truncation_mode not in ("keep_end", "keep_start"):
-            raise InputError(f"truncation_mode={self.truncation_mode!r}: choose keep_end or "
-                             "keep_start")
+        common.check_choices(self, {"truncation_mode": ("keep_end", "keep_start")})
         shortest = 1 if self.seq2seq else 2
         if self.max_length is not None and self.max_length < shortest:
             raise InputError(f"max_length={self.max_length}: it leaves nothing to train on; give "
@@ -770,11 +766,6 @@ def collate(rows, pad_token_id):
             for name, value in padding.items()}
 
 
-def split(rows, size):
-    """Split a list into consecutive parts of this size; the last may be shorter."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
 # ----------------------------------------------------------------------------- sampling, scoring
 def draw_prompts(prompts, index, count, seed):
     """Return the index-th `count` prompts of an endless stream.
@@ -803,33 +794,23 @@ def sample_responses(trainer, prompts, n):
             config.temperature, do_sample=True, max_new_tokens=config.max_new_tokens,
             use_cache=True)
     start = int(trainer.seq2seq)  # the decoder's start token is no part of the response
-    return split([response[start:].cpu() for response in responses], n)
+    return common.split([response[start:].cpu() for response in responses], n)
 
 
 def score_responses(trainer, reward, prompts, responses):
     """Score n responses to each of P prompts, [P, n]. Raises InputError.
 
     The reward reads prompt and response as one text."""
-    texts, metadata = [], []
-    for prompt, group in zip(prompts, responses, strict=True):
-        for response in group:
-            if trainer.seq2seq:
-                text = f"{decode(trainer, prompt['input_ids'])} {decode(trainer, response)}"
-            else:  # together: a decoder may drop the space that a text begins with
-                text = decode(trainer, [*prompt["input_ids"], *response.tolist()])
-            texts.append(text)
-            metadata.append(prompt["metadata"])
-    scores = reward(texts, metadata)
+    repeated = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
+    texts = common.join_texts(
+        trainer.tokenizer, [prompt["input_ids"] for prompt in repeated],
+        [response for group in responses for response in group], trainer.seq2seq)
+    scores = reward(texts, [prompt["metadata"] for prompt in repeated])
     for value, text in zip(scores, texts, strict=True):
         if not math.isfinite(value):
             raise InputError(f"reward_model gives {value.item()} to {text!r}: scores must be "
                              "finite; check the reward function")
     return torch.stack(scores).view(len(prompts), -1)
-
-
-def decode(trainer, ids):
-    """Return the text of token ids, without special tokens."""
-    return trainer.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def score_metrics(trainer, scores, best):
@@ -849,8 +830,9 @@ def show_samples(trainer, reward, prompts, title):
     scores = score_responses(trainer, reward, prompts, responses)
     samples = []
     for prompt, group, score in zip(prompts, responses, scores[:, 0].tolist(), strict=True):
+        text = trainer.tokenizer.decode(group[0], skip_special_tokens=True)
         samples.append({"update": trainer.state.global_step, "query": prompt["shown"],
-                        "response": decode(trainer, group[0]), "score": score})
+                        "response": text, "score": score})
     if trainer.is_world_process_zero():
         common.log_samples(trainer.args.output_dir, title, samples)
 

@@ -238,8 +238,7 @@ class PPOConfig:
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps = {self.mini_batch_size} x "
                 f"{self.gradient_accumulation_steps}: change one of the three")
-        if self.kl_penalty not in ("kl", "abs", "mse", "full"):
-            raise InputError(f"kl_penalty={self.kl_penalty!r}: choose kl, abs, mse or full")
+        common.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise InputError("push_to_hub_if_best_kwargs: add the repo_id to push to")
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
@@ -381,7 +380,7 @@ class PPOTrainer(LoopTrainer):
         for epoch, rows in self.shuffled_rows(len(queries)):
             # the loss is the mean over the tokens of this optimizer step, on all ranks
             step_tokens = self.sum_over_ranks(masks[rows].sum())
-            minibatches = split(rows, config.mini_batch_size)
+            minibatches = common.split(rows, config.mini_batch_size)
             for i, mb in enumerate(minibatches):
                 is_last = i + 1 == len(minibatches)  # ranks exchange gradients once, with the last
                 with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -551,7 +550,7 @@ class PPOTrainer(LoopTrainer):
     def shuffled_rows(self, n):
         """Yield (epoch, row numbers) for each optimizer step, in a new order in every epoch."""
         for epoch in range(self.config.ppo_epochs):
-            for rows in split(np.random.permutation(n), self.config.backward_batch_size):
+            for rows in common.split(np.random.permutation(n), self.config.backward_batch_size):
                 yield epoch, rows
 
     def is_ratio_too_large(self, ratio, mask):
@@ -1021,11 +1020,6 @@ def collate(rows):
     return batch
 
 
-def split(rows, size):
-    """Split rows into consecutive parts of this size; the last may be shorter."""
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
 def select(rows, *lists):
     """Return these rows of each list; None stays None."""
     return [None if values is None else [values[i] for i in rows] for values in lists]
@@ -1085,13 +1079,7 @@ def rollout(trainer, reward, queries, metadata=None):
                                  return_prompt=False, do_sample=True,
                                  max_new_tokens=config.max_new_tokens)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    if config.is_encoder_decoder:
-        prompts = tokenizer.batch_decode(queries, skip_special_tokens=True)
-        whole = [f"{prompt} {text}" for prompt, text in zip(prompts, texts, strict=True)]
-    else:
-        pairs = zip(queries, responses, strict=True)
-        ids = [[*query.tolist(), *response.tolist()] for query, response in pairs]
-        whole = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    whole = common.join_texts(tokenizer, queries, responses, config.is_encoder_decoder)
     scores = reward(whole, metadata)
     if config.missing_eos_penalty is not None:
         ends = common.end_token_ids(tokenizer, trainer.policy.generation_config.eos_token_id)

@@ -136,9 +136,7 @@ class RewardConfig(RetiredArguments, TrainingArguments):
             "[0, inf)": ("learning_rate", "weight_decay", "center_rewards_coefficient", "lora_r"),
             "[0, 0.5]": ("label_smoothing_factor",),
         })
-        if self.torch_dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise InputError(f"torch_dtype={self.torch_dtype!r}: choose auto, float32, bfloat16 or "
-                             "float16")
+        common.check_choices(self, {"torch_dtype": common.DTYPES})
         common.replace_retired(self)
         if self.report_to is None:
             self.report_to = "none"

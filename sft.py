@@ -128,9 +128,7 @@ class SFTConfig(TrainingArguments):
             "(1, inf)": ("max_seq_length",),
             "[0, 1)": ("label_smoothing_factor",),
         })
-        if self.torch_dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise InputError(f"torch_dtype={self.torch_dtype!r}: choose auto, float32, bfloat16 or "
-                             "float16")
+        common.check_choices(self, {"torch_dtype": common.DTYPES})
         if self.response_template and self.assistant_only_loss:
             raise InputError(f"response_template={self.response_template!r}: assistant_only_loss "
                              "chooses the tokens in the loss too; give one of them")
