@@ -10,13 +10,14 @@ Part 1, what an algorithm needs:
 Part 2, what a command line needs:
     run                                      flags in, one clear sentence out
     load_rows, load_prompts, load_reward     data and rewards: a file, a folder or a hub name
-    load_language_model, lora_config         models and adapters
+    load_language_model, prepare_training    models and adapters
     writable_folder, MetricsFile, ...        the output folder and its files
     RetiredArguments, replace_retired        fields of transformers 4's TrainingArguments
     LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
 
 Nothing happens at import: no network, no CUDA, no seed.
 """
+import argparse
 import copy
 import ctypes
 import importlib.util
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -32,7 +34,9 @@ import traceback
 import warnings
 import zipfile
 from contextlib import contextmanager
-from dataclasses import field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Optional, get_args, get_origin
 
@@ -49,12 +53,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     TrainerCallback,
 )
 from transformers.generation import (
@@ -215,24 +221,41 @@ def only_logits_of(model, select):
     model: plain, wrapped by accelerate, or with a value head."""
     model = getattr(model, "module", model)
     head = getattr(model, "pretrained_model", model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0][select],))
+    # prompt tuning puts virtual tokens before the T of the text
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, -select.shape[1]:][select],))
     try:
         yield
     finally:
         hook.remove()
 
 
+JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
+
 def disable_dropout(model):
     """Turn dropout off for good, in train mode too: two policies are compared token by token.
 
     Train mode stays, since gradient checkpointing needs it. Some models keep the probability as a
-    number of their own (dropout, layerdrop, drop_prob)."""
+    number of their own (dropout, layerdrop, drop_prob), or read it from their config (Falcon).
+    Routers of experts multiply their inputs by random numbers: that goes, too."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        configs = [x for x in vars(module).values() if isinstance(x, PreTrainedConfig)]
+        for holder in (module, *configs):
+            for name, value in vars(holder).items():
+                is_noise = "drop" in name or name in JITTER
+                if is_noise and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+
+
+def warn_of_noise(differences, logprobs, allowed):
+    """Warn if log-probabilities that one set of weights gave twice differ: by this fraction."""
+    noise = (differences.abs().mean() / logprobs.abs().mean()).item()
+    if noise > allowed:
+        warnings.warn(f"before the first optimizer step log-probabilities differ by {noise:.1%}: "
+                      "in train mode this model draws random numbers (dropout, or "
+                      "experts chosen at random), so losses and ratios are noisy", stacklevel=3)
 
 
 # ----------------------------------------------------------------------------- value heads
@@ -292,14 +315,15 @@ class PreTrainedModelWrapper(nn.Module):
         pretrained_model_name_or_path: a model object, a hub name or a folder (a plain model, one
             saved by `save_pretrained` here or by TRL 0.7, sharded or not, or a PEFT adapter).
         peft_config: put a fresh adapter on the model. is_trainable: train a loaded adapter further.
-        reward_adapter: folder of a sequence classifier's LoRA adapter, for `compute_reward_score`.
+        reward_adapter: a sequence classifier's LoRA adapter, for `compute_reward_score`.
         require_v_head: True: raise if no head was saved; None: warn; False: expect a new head.
         All other arguments go to the transformers class."""
         model, head = pretrained_model_name_or_path, None
+        hub = hub_arguments(kwargs)
         if isinstance(model, (str, Path)):
             name, auto_class = str(model), cls.transformers_parent_class
             model = load_pretrained(auto_class, name, is_trainable, *args, **kwargs)
-            head = read_value_head(name)
+            head = read_value_head(name, **hub)
             if head is None and require_v_head is not False:
                 missing = f"{name} holds no value head: it starts at zero"
                 if require_v_head:
@@ -311,7 +335,8 @@ class PreTrainedModelWrapper(nn.Module):
         if head is not None:
             wrapped.v_head.load_state_dict(head)
         if reward_adapter is not None:
-            wrapped._add_reward_adapter(str(reward_adapter))
+            hub.pop("revision", None)  # it is the model's
+            wrapped._add_reward_adapter(str(reward_adapter), **hub)
         return wrapped
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
@@ -367,15 +392,15 @@ class PreTrainedModelWrapper(nn.Module):
             return api.upload_folder(repo_id=repo_id, folder_path=folder,
                                      commit_message=commit_message)
 
-    def _add_reward_adapter(self, folder):
+    def _add_reward_adapter(self, folder, **hub):
         if not self.is_peft_model:
             raise ValueError("reward_adapter needs a policy with an adapter of its own "
                              "(peft_config): both share one base model")
         from peft.utils import load_peft_weights
         policy = self.pretrained_model.active_adapter
-        self.pretrained_model.load_adapter(folder, adapter_name="reward", is_trainable=False)
+        self.pretrained_model.load_adapter(folder, adapter_name="reward", is_trainable=False, **hub)
         self.pretrained_model.set_adapter(policy)
-        weights = load_peft_weights(folder, device="cpu")
+        weights = load_peft_weights(folder, device="cpu", **hub)
         weights = [v for k, v in weights.items() if k.endswith("score.weight")]
         if not weights:
             raise ValueError(f"reward_adapter {folder}: no weights of a score layer; train it as a "
@@ -416,16 +441,17 @@ def _with_prefix(module, state_dict, prefix, *args):
             state_dict[prefix + "pretrained_model." + key[len(prefix):]] = state_dict.pop(key)
 
 
-def read_value_head(name):
+def read_value_head(name, **hub):
     """Read a value head's weights {"summary.weight", "summary.bias"}, or return None.
 
-    name: a folder or hub name. The head is in a file of its own or, of TRL 0.7, in the model's file
-    or one of its shards (next to an adapter: pytorch_model.bin)."""
+    name: a folder or hub name, downloaded with the arguments `hub`. The head is in a file of its
+    own or, of TRL 0.7, in the model's file or one of its shards (next to an adapter:
+    pytorch_model.bin)."""
     for patterns in (["model*.safetensors", VALUE_HEAD_FILE], ["pytorch_model*.bin"]):
         folder = name
         if not os.path.isdir(name):
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(name, allow_patterns=patterns)
+            folder = snapshot_download(name, allow_patterns=patterns, **hub)
         files = [file for pattern in patterns for file in sorted(Path(folder).glob(pattern))]
         heads = [read_tensors(file, "v_head.") for file in files]
         if files:  # the .bin files of such a folder hold the same weights again
@@ -436,7 +462,9 @@ def read_value_head(name):
 def read_tensors(file, prefix):
     """Read the tensors whose names begin with the prefix, as {name without it: tensor}."""
     if file.suffix == ".bin":
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        # of a whole model's file only these tensors are read
+        weights = torch.load(file, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(file))
         return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     with safe_open(file, "pt") as weights:
         names = [k for k in weights.keys() if k.startswith(prefix)]
@@ -454,7 +482,12 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
         return copy.deepcopy(model).requires_grad_(False).eval()
     if pattern is None:
         inner = model.pretrained_model if isinstance(model, PreTrainedModelWrapper) else model
-        stack = next(m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList))
+        stacks = [m for m in inner.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+        if not stacks:
+            raise ValueError(f"num_shared_layers={num_shared_layers}: the layers of a "
+                             f"{type(inner).__name__} were not found; give the pattern of their "
+                             "names to create_reference_model, and what it returns as ref_model")
+        stack = stacks[0]
         pattern = next(name for name, m in model.named_modules() if m is stack) + ".{layer}"
     parameters = list(model.named_parameters())
     first = pattern.format(layer=num_shared_layers) + "."
@@ -462,7 +495,9 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     if cut is None:
         raise ValueError(f"num_shared_layers={num_shared_layers}: no parameter is named *{first}*; "
                          "give a smaller number, or the pattern of the layers' names")
-    shared = [p for _, p in parameters[:cut]]
+    # OPT declares the norm behind its layers before them
+    last = pattern.partition("layers.{layer}")[0] + "final_layer_norm."
+    shared = [p for name, p in parameters[:cut] if last not in name]
     # deepcopy takes what its memo holds as copied already: these parameters stay the very same
     return copy.deepcopy(model, {id(p): p for p in shared}).requires_grad_(False).eval()
 
@@ -471,10 +506,20 @@ def copy_adapter(model, name="reference"):
     """Put a frozen copy of a PeftModel's active adapter next to it, under this name."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     policy = model.active_adapter
-    model.add_adapter(name, model.peft_config[policy])
+    config = copy.copy(model.peft_config[policy])
+    config.inference_mode = True
+    config.init_lora_weights = True  # PiSSA, OLoRA: they would change the base weights once more
+    if getattr(config, "bias", "none") != "none":
+        raise InputError(f"bias={config.bias!r} (peft_config): it trains weights that policy and "
+                         "reference share; set bias='none', or give a ref_model")
+    with explain("peft_config: the adapter can't be copied as the reference; give a ref_model"):
+        model.add_adapter(name, config)
     weights = get_peft_model_state_dict(model, adapter_name=policy)
     set_peft_model_state_dict(model, weights, adapter_name=name)  # copies the values
     model.set_adapter(policy)
+    for key, parameter in model.named_parameters():  # set_adapter forgets virtual tokens
+        if f".{name}." in key:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
@@ -494,9 +539,14 @@ REFUSED = {  # argument: (the value that is allowed, why no other is)
     "num_return_sequences": (1, "generate gives one response per prompt; repeat the prompt"),
     "generation_config": (None, "give its settings one by one (max_new_tokens=...)"),
 }
-RESHAPING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-BANNING = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
-           "min_new_tokens")
+HARMLESS = (  # arguments that leave the distribution of the next token as it is
+    "do_sample", "num_beams", "max_new_tokens", "max_length", "max_time", "stop_strings",
+    "stopping_criteria", "tokenizer", "streamer", "synced_gpus", "use_cache", "past_key_values",
+    "cache_implementation", "cache_config", "bos_token_id", "eos_token_id", "pad_token_id",
+    "decoder_start_token_id", "decoder_input_ids", *REFUSED)
+RESHAPING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only in generate's sampling
+OFF = (None, False, 0, -1)  # so TRL 0.7's examples write it
+OFF_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale")
 
 
 @torch.no_grad()
@@ -515,12 +565,18 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
             raise ValueError(f"{name}={kwargs[name]}: {reason}")
     seq2seq = model.config.is_encoder_decoder
     language_model = getattr(model, "pretrained_model", model)
+    if len({len(prompt) for prompt in prompts}) > 1:
+        refuse_virtual_tokens(language_model)
     own = language_model.generation_config
     settings, kwargs = sampling_settings(own, tokenizer, policy_temperature, kwargs)
     end_ids = end_token_ids(tokenizer, own.eos_token_id, kwargs.get("eos_token_id"))
-    end_ids = torch.tensor(sorted(end_ids), dtype=torch.long, device=model.device)
+    fill = padding_token_id(tokenizer, end_ids)
+    kwargs.update(eos_token_id=sorted(end_ids) or None, pad_token_id=fill)
+    is_stopped = any(kwargs.get(name) for name in ("stop_strings", "stopping_criteria"))
     # positions count from the first token of a decoder's prompt, so its padding is on the left
     side = "right" if seq2seq else "left"
+    if model.config.model_type == "recurrent_gemma":
+        batch_size = 1  # its state reads padding
     responses = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
@@ -530,7 +586,7 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
         for start in range(0, len(prompts), batch_size):
             batch = by_length[start:start + batch_size]
             rows = [prompts[i] for i in batch]
-            ids = pad_sequence(rows, True, kwargs["pad_token_id"], side).to(model.device)
+            ids = pad_sequence(rows, True, fill, side).to(model.device)
             ones = [torch.ones_like(row) for row in rows]
             mask = pad_sequence(ones, True, 0, side).to(model.device)
             if length_sampler is not None:
@@ -538,25 +594,57 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
             output = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
             first = 0 if seq2seq else ids.shape[1]
             for i, row in zip(batch, output, strict=True):
-                responses[i] = cut_after_end(row[first:], end_ids, int(seq2seq))
+                responses[i] = cut_response(row[first:], end_ids, int(seq2seq),
+                                            fill if is_stopped else None)
     finally:
         model.train(was_training)
         language_model.generation_config = own
+        if hasattr(language_model, "peft_config"):  # PEFT hands it on to the base model
+            language_model.get_base_model().generation_config = own
     return responses
 
 
+def refuse_virtual_tokens(model):
+    """Raise InputError for prompt tuning and P-tuning (not prefix tuning: it fills the cache)."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter and adapter.is_prompt_learning and adapter.peft_type != "PREFIX_TUNING":
+        raise InputError(f"peft_config={type(adapter).__name__}: padding next to its virtual "
+                         "tokens changes samples and scores; use LoRA or prefix tuning")
+
+
 def end_token_ids(tokenizer, *ids):
-    """Collect the ids that end a response: the tokenizer's, and `ids` (one, a list or None)."""
-    ends = {tokenizer.eos_token_id}
+    """Collect the ids that end a response: the tokenizer's, its chat template's, and `ids`.
+
+    ids: one, a list or None each."""
+    ends = {tokenizer.eos_token_id, chat_end_id(tokenizer)}
     for one_or_more in ids:
         ends.update(one_or_more if isinstance(one_or_more, (list, tuple)) else [one_or_more])
     return ends - {None}
 
 
-def cut_after_end(response, end_ids, first=0):
-    """Cut a response [T] after its first end token at or behind position `first`."""
-    end = torch.isin(response[first:], end_ids).nonzero()
-    return response[:first + end[0, 0] + 1] if len(end) else response
+def cut_response(response, end_ids, first=0, fill=None):
+    """Cut a response [T] after its first end token at or behind position `first`.
+
+    fill: fills a row that a stop string or a criterion has ended; it is cut off."""
+    tokens = response.tolist()
+    for i, token in enumerate(tokens[first:], start=first):
+        if token in end_ids:
+            return response[:i + 1]
+    length = len(tokens)
+    while length > first + 1 and tokens[length - 1] == fill:
+        length -= 1
+    return response[:length]
+
+
+def padding_token_id(tokenizer, end_ids):
+    """Return a token id that ends no text: that of the pad token, BOS, ..., a null character."""
+    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id,
+           *tokenizer("\0", add_special_tokens=False).input_ids]
+    for token_id in ids:
+        if token_id is not None and token_id not in end_ids:
+            return token_id
+    raise InputError(f"tokenizer {tokenizer.name_or_path}: each token that could pad also ends "
+                     "texts; set another tokenizer.pad_token")
 
 
 def sampling_settings(own, tokenizer, temperature, kwargs):
@@ -565,8 +653,6 @@ def sampling_settings(own, tokenizer, temperature, kwargs):
     Sampling draws from softmax(logits / temperature), whatever top-k, beams or penalties the
     model's own config has: the policy that samples is then the policy that is scored. Settings in
     kwargs that change the distribution are used, with a warning."""
-    fill = tokenizer.pad_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    kwargs = {"pad_token_id": fill, **kwargs}
     if not kwargs.get("do_sample", own.do_sample):
         return own, kwargs
     if kwargs.get("num_beams", 1) != 1:
@@ -576,11 +662,14 @@ def sampling_settings(own, tokenizer, temperature, kwargs):
     settings = GenerationConfig(**{name: getattr(own, name) for name in kept})
     plain = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     given = {**plain, **kwargs}
-    reshaped = {name: given[name] for name in plain if given[name] not in (plain[name], None)}
-    reshaped |= {name: kwargs[name] for name in RESHAPING if name in kwargs}
-    banned = {name: kwargs[name] for name in BANNING if name in kwargs}
-    if reshaped or banned:
-        warnings.warn(f"responses are sampled with {reshaped | banned} and scored with temperature "
+    given["temperature"] = float(given["temperature"] or temperature)  # generate takes no 2
+    reshaped = [name for name in plain if given[name] not in (plain[name], None)]
+    reshaped += [name for name in RESHAPING if name in kwargs and not is_off(name, kwargs[name])]
+    others = [name for name in kwargs if name not in (*HARMLESS, *RESHAPING, *plain)]
+    others = [name for name in others if not is_off(name, kwargs[name])]
+    if reshaped or others:
+        changes = {name: given[name] for name in (*reshaped, *others)}
+        warnings.warn(f"responses are sampled with {changes} and scored with temperature "
                       f"{temperature} alone: ratio and KL are those of another policy",
                       stacklevel=4)
     if reshaped:
@@ -590,6 +679,13 @@ def sampling_settings(own, tokenizer, temperature, kwargs):
     kwargs = {name: value for name, value in kwargs.items() if name not in plain}
     # SampleToken leaves one token: greedy decoding takes it
     return settings, {**kwargs, "logits_processor": LogitsProcessorList(draw), "do_sample": False}
+
+
+def is_off(name, value):
+    """Return whether an argument of `generate` has the value that changes nothing."""
+    if isinstance(value, (list, tuple, dict)):
+        return not value
+    return value in OFF or (value == 1 and name in OFF_AT_ONE)
 
 
 class SampleToken(LogitsProcessor):
@@ -610,9 +706,11 @@ class SampleToken(LogitsProcessor):
 # =============================================================================
 
 # ----------------------------------------------------------------------------- the command line
-def run(main, config_class):
+def run(main, config_class, toy="", own="", lora=""):
     """Run a script's command line: parse the flags of `config_class`, call `main(config)`.
 
+    toy, own, lora: flags that hold unless the user gives others, for the toy model, for all other
+    models, and for a LoRA of one.
     An InputError ends the process with its one sentence and status 1; any other error keeps its
     traceback. torchrun stops the other ranks as soon as one has failed."""
     import datasets
@@ -631,7 +729,9 @@ def run(main, config_class):
     setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
     flags = tyro.constructors.ConstructorRegistry()
     flags.primitive_rule(json_flag)
-    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=flags)
+    words = [*default_flags(sys.argv[1:], toy, own, lora), *sys.argv[1:]]  # the last one counts
+    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=flags,
+                      args=words)
     try:
         record(main)(config)
     except InputError as error:
@@ -641,6 +741,32 @@ def run(main, config_class):
     # only after success: while another rank waits in a collective, this call could wait for it
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def default_flags(words, toy, own, lora):
+    """Return the flags of the kind of model that `words` name; print those that are not the toy's.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-name", "--model_name")
+    parser.add_argument("--lora-r", "--lora_r", default="0")
+    model, _ = parser.parse_known_args(words)
+    if model.model_name in (None, "None"):
+        return toy.split()
+    if model.lora_r != "0" or Path(model.model_name, "adapter_config.json").is_file():
+        own = f"{own} {lora}"
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--per-device-train-batch-size" in given:  # steps of this size, unless the user says more
+        given.add("--gradient-accumulation-steps")
+    flags = [flag for flag in re.findall(r"--\S+ [^-]\S*", own) if flag.split()[0] not in given]
+    if flags:
+        print_once(f"defaults for this model: {' '.join(flags)}")
+    return " ".join(flags).split()
+
+
+def print_once(line):
+    """Print a line on the main rank, before or after there is a process group."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def parse_json_or_name(words):
@@ -728,8 +854,13 @@ def read_settings(trainer_class, args, **arguments):
 
 
 def scale_learning_rate(rate, model):
-    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps."""
-    return rate * math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
+
+    An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
+    rate *= math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+    rate *= 10 if hasattr(model, "peft_config") else 1
+    print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
+    return rate
 
 
 def use_few_threads(model):
@@ -738,12 +869,34 @@ def use_few_threads(model):
         torch.set_num_threads(1)
 
 
+def warn_of_half_precision(model):
+    """Warn if weights that are trained are in half precision."""
+    kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad} - {"float32"}
+    for kind in kinds:
+        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below their "
+                      "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
+
+
 # ----------------------------------------------------------------------------- data
-def load_rows(name, split="train"):
-    """Load the rows of a dataset -> datasets.Dataset. Raises InputError.
+def load_rows(name, split=None, config=None, usual=("train",), flag="dataset_split"):
+    """Load the rows of one split of a dataset -> datasets.Dataset. Raises InputError.
 
     name: a local .jsonl, .json, .csv, .parquet or .txt file (each line is a row `text`), a folder
-    written by `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub."""
+    written by `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub.
+    split: None: the only one, or the first of `usual` that there is. flag: its name, for errors."""
+    splits = load_splits(name, config)
+    if split is None and len(splits) > 1:
+        split = next((name for name in usual if name in splits), None)
+    elif split is None:
+        split, = splits
+    if split not in splits:
+        raise InputError(f"{flag}={split} (dataset {name}): it has the splits {', '.join(splits)}; "
+                         "name one of them")
+    return splits[split]
+
+
+def load_splits(name, config=None):
+    """Load a dataset -> {split: datasets.Dataset}; rows without a split are `train`."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name)
@@ -753,55 +906,116 @@ def load_rows(name, split="train"):
         raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use {', '.join(kinds)}")
     if path.suffix in kinds and not path.exists():
         raise InputError(f"data file {name} does not exist here ({Path.cwd()})")
-    with explain(f"dataset {name} is neither a readable file or folder nor a dataset on the hub"):
+    with explain(f"dataset {name} is neither a readable file or folder nor a dataset on the hub "
+                 "(one with several configurations needs --dataset-config)"):
         if path.is_file():
-            return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+            return load_dataset(kinds[path.suffix], data_files=str(path))
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             rows = load_from_disk(str(path))
-            return rows[split] if isinstance(rows, DatasetDict) else rows
-        return load_dataset(str(name), split=split)
+            return rows if isinstance(rows, DatasetDict) else {"train": rows}
+        return load_dataset(str(name), config)
+
+
+def map_options(args, rows, num_proc):
+    """Return options for `rows.map`: the first process of a machine works, the others read it.
+
+    What an earlier run has left in the cache is not used: the code may be another since."""
+    from datasets import IterableDataset
+    if isinstance(rows, IterableDataset):
+        return {}
+    return {"num_proc": num_proc, "load_from_cache_file": args.local_process_index > 0}
 
 
 PROMPT_COLUMNS = ("query", "prompt", "messages", "text", "input_ids")
 
 
-def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False):
-    """Load prompts as rows {"query", "input_ids", "shown", "metadata"}.
+def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False, split=None,
+                 config=None):
+    """Check prompts; return their rows {"query", "input_ids", "shown", "messages", "metadata"}.
 
     These are the prompt's text, its token ids, what samples show of it (of a chat the last user
-    turn), and the whole row.
+    turn), the messages of a chat or None, and the whole row.
     name: a dataset with a column query, prompt, messages (chat, through the tokenizer's template; a
     last turn of the assistant is dropped), text or input_ids.
-    max_length: truncate prompts to this many tokens. longest: raise for a prompt with more tokens.
-    keep_columns: keep the other columns in the rows too. Raises InputError."""
-    rows = load_rows(name)
+    max_length: truncate texts to this many tokens, and drop longer chats. longest: raise for a
+    prompt with more tokens. keep_columns: keep the other columns in the rows too. split, config:
+    see load_rows. Raises InputError."""
+    rows = load_rows(name, split, config)
     column = next((c for c in PROMPT_COLUMNS if c in rows.column_names), None)
     if column is None:
         raise InputError(f"dataset {name} has the columns {rows.column_names} and none of "
                          f"{', '.join(PROMPT_COLUMNS)}: rename the one that holds the prompts")
-    prompts = []
+    limit = max_length or 10**9
+    dropped = set()
     with explain(f"dataset {name}: column {column} can't be tokenized"):
-        for number, row in enumerate(rows):
-            ids = prompt_ids(tokenizer, row[column])[:max_length]
-            if not ids:
+        for number, (length, has_turns) in enumerate(prompt_lengths(rows, column, tokenizer)):
+            if has_turns and length > limit:  # truncated, it would lack its generation prompt
+                dropped.add(number)
+                continue
+            length = min(length, limit)
+            if length == 0:
                 raise InputError(f"dataset {name}, row {number}: {column} is empty; remove the row")
-            if longest is not None and len(ids) > longest:
-                raise InputError(f"dataset {name}, row {number}: {len(ids)} tokens leave no room "
+            if longest is not None and length > longest:
+                raise InputError(f"dataset {name}, row {number}: {length} tokens leave no room "
                                  f"for a response, the most is {longest}; set --max-query-length "
                                  "or reduce --max-new-tokens")
-            query = tokenizer.decode(ids)
-            shown = text_to_show(row[column], tokenizer) if is_chat(row[column]) else query
-            prompt = {"query": query, "input_ids": ids, "shown": shown, "metadata": row}
-            prompts.append({**(row if keep_columns else {}), **prompt})
-    return prompts
+    if dropped:
+        warnings.warn(f"dataset {name}: dropped {len(dropped)} of {len(rows)} chats, row "
+                      f"{min(dropped)} the first: they are longer than max_query_length="
+                      f"{max_length} tokens", stacklevel=2)
+        rows = rows.select([i for i in range(len(rows)) if i not in dropped])
+    if len(rows) == 0:
+        raise InputError(f"dataset {name}: no prompt is left within max_query_length={max_length} "
+                         "tokens; raise it")
+    return Prompts(rows, column, tokenizer, max_length, keep_columns)
+
+
+def prompt_lengths(rows, column, tokenizer):
+    """Yield the number of tokens of each prompt, and whether it is a chat.
+
+    Texts are tokenized many at a time."""
+    for start in range(0, len(rows), 1000):
+        batch = rows.select(range(start, min(start + 1000, len(rows))))
+        prompts = batch[column][:]
+        if all(isinstance(prompt, str) for prompt in prompts):
+            ids = tokenizer(prompts, verbose=False).input_ids
+        else:
+            ids = [prompt_ids(tokenizer, row[column], row) for row in batch]
+        yield from zip(map(len, ids), map(is_chat, prompts), strict=True)
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Tokenize a dataset's prompts as they are asked for: a million take no memory.
+
+    The arguments and the rows are those of `load_prompts`. A slice is a list of rows."""
+
+    def __init__(self, rows, column, tokenizer, max_length=None, keep_columns=False):
+        self.rows, self.column, self.tokenizer = rows, column, tokenizer
+        self.max_length, self.keep_columns = max_length, keep_columns
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        row, tokenizer = self.rows[i], self.tokenizer
+        value = row[self.column]
+        messages = question_of(value) if is_chat(value) else None
+        ids = prompt_ids(tokenizer, value, row)[:self.max_length]
+        query = tokenizer.decode(ids)
+        shown = text_to_show(messages, tokenizer) if messages else query
+        prompt = {"query": query, "input_ids": ids, "shown": shown, "messages": messages,
+                  "metadata": row}
+        return {**(row if self.keep_columns else {}), **prompt}
 
 
 def longest_prompt(model, max_new_tokens):
     """Return how many tokens of a prompt leave room for the response; None: any number."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if model.config.is_encoder_decoder or positions is None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
         return None
-    return positions - max_new_tokens
+    return positions if model.config.is_encoder_decoder else positions - max_new_tokens
 
 
 def is_chat(prompt):
@@ -809,15 +1023,227 @@ def is_chat(prompt):
     return isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
-def prompt_ids(tokenizer, prompt):
-    """Tokenize a prompt: a text, chat messages, or token ids as they are."""
+def question_of(messages):
+    """Return chat messages without a last turn of the assistant: it is for the policy to write."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def prompt_ids(tokenizer, prompt, row=None):
+    """Tokenize a prompt: a text, chat messages, or token ids as they are. row: see chat_ids."""
     if isinstance(prompt, str):
         return tokenizer(prompt, verbose=False).input_ids
     if is_chat(prompt):
-        messages = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                             return_dict=False)
+        return chat_ids(tokenizer, question_of(prompt), row, add_generation_prompt=True)
     return list(prompt or [])
+
+
+# ----------------------------------------------------------------------------- chats
+MARK = "\ue000"  # a character that no text has
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # around what the assistant writes
+
+
+def apply_template(tokenizer, messages, row=None, **options):
+    """Apply the tokenizer's chat template to messages. Raises InputError if it has none.
+
+    row: its `tools` and `chat_template_kwargs` reach the template."""
+    if tokenizer.chat_template is None:
+        raise InputError("chat_template=None (tokenizer): the rows are chats; set "
+                         "tokenizer.chat_template, or give texts")
+    row = without_nulls({name: (row or {}).get(name) for name in ("tools", "chat_template_kwargs")})
+    return tokenizer.apply_chat_template(without_nulls(messages), tools=row.get("tools"),
+                                         **row.get("chat_template_kwargs", {}), **options)
+
+
+def without_nulls(value):
+    """Drop what is None from dicts, at any depth: Arrow fills in the keys that other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def render_chat(tokenizer, messages, row=None, add_generation_prompt=False):
+    """Render chat messages as text. A whole chat ends with its last special token.
+
+    The white space that many templates write behind it is never sampled."""
+    text = apply_template(tokenizer, messages, row, tokenize=False,
+                          add_generation_prompt=add_generation_prompt)
+    stripped = text.rstrip()
+    is_ended = not add_generation_prompt and stripped.endswith(special_tokens(tokenizer))
+    return stripped if is_ended else text
+
+
+def special_tokens(tokenizer):
+    """Return the texts of the tokenizer's special tokens, a tuple."""
+    return read_special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def read_special_tokens(tokenizer, vocab_size):
+    """Read them once: the 6,000 of Gemma 3 take longer than 50 chats."""
+    return tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def chat_ids(tokenizer, messages, row=None, add_generation_prompt=False):
+    """Return the token ids of chat messages."""
+    text = render_chat(tokenizer, messages, row, add_generation_prompt)
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def tokenize_chat(tokenizer, messages, row=None, first=0):
+    """Tokenize a chat. Returns its ids [T], and a mask [T] of what the assistant writes in it.
+
+    The mask is 1 in the assistant's turns from message `first` on: behind the generation prompt,
+    up to the turn's end token. It is 0 for a turn that can't be found in the rendered chat.
+    A template with {% generation %} marks says itself what the assistant writes."""
+    text = render_chat(tokenizer, messages, row)
+    warn_of_lost_thinking(text, messages)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = [span_of_turn(tokenizer, text, messages, i, row) for i in range(first, len(messages))
+             if messages[i]["role"] == "assistant"]
+    spans = [span for span in spans if span is not None]
+    is_marked = GENERATION_MARK.search(tokenizer.get_chat_template())
+    if is_marked and spans:
+        marks = apply_template(tokenizer, messages, row, tokenize=True, return_dict=True,
+                               return_assistant_tokens_mask=True)["assistant_masks"]
+        pairs = zip(marks, tokens.offset_mapping, strict=False)
+        return tokens.input_ids, [int(mark and end > spans[0][0]) for mark, (_, end) in pairs]
+    mask = [0] * len(tokens.input_ids)
+    for start, end in spans:
+        warn_of_missing_end(tokenizer, text[:end])
+        for t, (left, right) in enumerate(tokens.offset_mapping):
+            if left < end and right > start:
+                mask[t] = 1
+    return tokens.input_ids, mask
+
+
+def split_chat(tokenizer, prompt, answer, row=None):
+    """Render a chat, and split the text where the first message of `answer` begins.
+
+    prompt, answer: messages. The assistant writes the answer's first message."""
+    text = render_chat(tokenizer, prompt + answer, row)
+    warn_of_lost_thinking(text, prompt + answer)
+    warn_of_missing_end(tokenizer, text)
+    span = span_of_turn(tokenizer, text, prompt + answer, len(prompt), row)
+    if span is None:
+        raise InputError(f"chat_template (tokenizer): it leaves out the answer {answer[0]}; remove "
+                         "the row, or give texts")
+    return text[:span[0]], text[span[0]:]
+
+
+def span_of_turn(tokenizer, whole, messages, i, row=None):
+    """Return where the assistant's message i begins and ends in `whole`, the rendered chat.
+
+    Templates rewrite earlier turns (Qwen3 drops their thinking), so the turn is looked for in the
+    whole chat. None: the template leaves it out."""
+    content = span_of_content(tokenizer, whole, messages, i, row)
+    if content is None:
+        return None
+    # 1. It begins behind its generation prompt, or what is left of that in the whole chat
+    start = content[0]
+    header = generation_prompt(tokenizer, row)
+    previous = span_of_content(tokenizer, whole, messages, i - 1, row) if i else None
+    between = whole[previous[1] if previous else 0:content[0]]
+    for length in range(len(header), len(header) // 2, -1):
+        place = between.rfind(header[:length])
+        if place >= 0:
+            start = content[0] - len(between) + place + length
+            break
+    if i and not header:
+        until_here = render_chat(tokenizer, messages[:i], row, add_generation_prompt=True)
+        start = len(until_here) if whole.startswith(until_here) else start
+    # 2. It ends where the chat up to here does, or with the first special token behind its content
+    until_here = render_chat(tokenizer, messages[:i + 1], row)
+    if whole.startswith(until_here):
+        return start, len(until_here)
+    rest = whole[content[1]:]
+    ends = [rest.find(token) + len(token) for token in special_tokens(tokenizer) if token in rest]
+    return start, content[1] + min(ends, default=0)
+
+
+def span_of_content(tokenizer, whole, messages, i, row=None):
+    """Return where the content of message i begins and ends in `whole`, the rendered chat.
+
+    It is what changes when its texts do. None: the template leaves it out."""
+    changed = [*messages[:i], replace_texts(messages[i]), *messages[i + 1:]]
+    other = render_chat(tokenizer, changed, row)
+    if MARK not in other:
+        return None
+    start = len(os.path.commonprefix([whole, other]))
+    end = len(os.path.commonprefix([whole[start:][::-1], other[start:][::-1]]))
+    return start, len(whole) - end
+
+
+def replace_texts(value):
+    """Replace the texts of a message, but not those that say what kind of message it is."""
+    kinds = ("role", "type", "id", "name", "tool_call_id")
+    if isinstance(value, dict):
+        return {key: item if key in kinds and isinstance(item, str) else replace_texts(item)
+                for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace_texts(item) for item in value]
+    return MARK if isinstance(value, str) else value
+
+
+def generation_prompt(tokenizer, row=None):
+    """Return what the template writes before an answer, from its first visible character on."""
+    question = [{"role": "user", "content": MARK}]
+    without = render_chat(tokenizer, question, row)
+    prompt = render_chat(tokenizer, question, row, add_generation_prompt=True)
+    return prompt[len(os.path.commonprefix([prompt, without])):].lstrip()
+
+
+def chat_end_id(tokenizer):
+    """Return the special token with which the template ends an answer, or None."""
+    if tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    rest = render_chat(tokenizer, chat).rpartition(MARK)[2].lstrip()
+    ends = [token for token in special_tokens(tokenizer) if rest.startswith(token)]
+    return tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else None
+
+
+def warn_of_missing_end(tokenizer, text):
+    """Warn of a chat whose answer ends with no special token: the model does not learn to end."""
+    if not text.endswith(special_tokens(tokenizer)):
+        warnings.warn("chat_template (tokenizer): it writes no end token behind an answer, so the "
+                      "model does not learn to end; set a template that does", stacklevel=2)
+
+
+def warn_of_lost_thinking(text, messages):
+    """Warn of a rendered chat without the thinking that its messages have."""
+    thoughts = []
+    for message in messages:
+        thoughts += re.findall("<think>(.*?)</think>", str(message.get("content")), re.DOTALL)
+        thoughts += [message.get("reasoning_content") or "", message.get("thinking") or ""]
+    if any(thought.strip() not in text for thought in thoughts):
+        warnings.warn("chat_template (tokenizer): it leaves thinking out of a chat, often that of "
+                      "all turns but the last; what is left out is not trained on", stacklevel=2)
+
+
+def join_chat(prompt, answer):
+    """Return prompt and answer as one conversation, a list of messages.
+
+    An answer that begins with the prompt's messages, or with another role than the assistant, is
+    the whole conversation already. prompt: messages, the text of a user's turn, or None."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    prompt = prompt or []
+    repeats = len(answer) > len(prompt) > 0 and same_messages(prompt, answer) == len(prompt)
+    if repeats or answer[:1] and answer[0]["role"] != "assistant":
+        return answer
+    return prompt + answer
+
+
+def same_messages(first, second):
+    """Count the messages with which two chats begin alike: role, text (stripped), tool calls."""
+    def key(message):
+        content = message.get("content") or ""
+        content = content.strip() if isinstance(content, str) else content
+        return message["role"], content, without_nulls(message.get("tool_calls") or [])
+    pairs = zip(first, second, strict=False)
+    return len(list(takewhile(lambda pair: key(pair[0]) == key(pair[1]), pairs)))
 
 
 # ----------------------------------------------------------------------------- rewards
@@ -833,22 +1259,30 @@ def load_function(argument, name):
         return getattr(module, function)
 
 
-def load_reward(name, label=None, device="cpu"):
-    """Load a reward function (texts, metadata) -> a list of scalar tensors. Raises InputError.
+def load_reward(name, label=None, device="cpu", **kwargs):
+    """Load a reward: a function of `reward_inputs` -> a list of scalar tensors. Raises InputError.
 
-    name: `file.py:function`, which takes a list of texts (prompt and response) and returns as many
-    numbers; if it has an argument `metadata`, it gets the prompts' rows, a list of dicts, too. Or a
-    sequence classifier's folder or hub name, whose score is the logit of its only label, or of
-    `label` (name or number)."""
+    name: `file.py:function`, or a sequence classifier's folder or hub name, whose score is the
+    logit of its only label, or of `label` (name or number). The function returns one number per
+    text. It gets those of the inputs that its arguments name; if the first has another name, it
+    gets texts. kwargs: for the classifier's from_pretrained."""
     if str(name).rpartition(":")[0].endswith(".py"):
+        if label is not None:
+            raise InputError(f"reward_label={label!r} (reward_model {name}): a function has no "
+                             "labels; leave it out")
         score = load_function("reward_model", name)
     else:
-        score = load_classifier(name, label, device)
-    takes_metadata = "metadata" in inspect.signature(score).parameters
+        score = load_classifier(name, label, device, **kwargs)
+    arguments = list(inspect.signature(score).parameters)
 
-    def reward(texts, metadata=None):
+    def reward(texts, **inputs):
+        inputs["texts"] = texts
+        first = [] if arguments[0] in INPUTS else [texts]
+        named = {name: inputs[name] for name in arguments[len(first):] if name in inputs}
         with explain(f"reward_model {name} failed on {len(texts)} texts, the first: {texts[0]!r}"):
-            scores = score(texts, metadata=metadata) if takes_metadata else score(texts)
+            scores = score(*first, **named)
+            if isinstance(scores, dict):
+                raise InputError(f"reward_model {name} returned a dict: return one number per text")
             scores = [torch.tensor(float(number)) for number in scores]
         if len(scores) != len(texts):
             raise InputError(f"reward_model {name} returned {len(scores)} scores for {len(texts)} "
@@ -858,8 +1292,34 @@ def load_reward(name, label=None, device="cpu"):
     return reward
 
 
+INPUTS = ("texts", "prompts", "responses", "messages", "metadata")
+
+
+def reward_inputs(tokenizer, prompts, responses, is_encoder_decoder):
+    """Return what a reward reads of prompts and their responses (ids): a dict of lists.
+
+    prompts: rows of `load_prompts`, as columns {name: list}. Returns
+    texts: prompt and response as one text; of a chat, all of it as the template writes it, with
+        the end of the response, even if sampling stopped before;
+    prompts, responses: the texts of each; messages: whole conversations, or None where the prompt
+        is a text; metadata: the prompts' rows."""
+    texts = join_texts(tokenizer, prompts["input_ids"], responses, is_encoder_decoder)
+    answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    chats = []
+    for i, messages in enumerate(prompts["messages"]):
+        if messages is None:
+            chats.append(None)
+            continue
+        thinking = re.search(r"<think>\s*$", prompts["query"][i])  # some templates begin it
+        content = ((thinking.group() if thinking else "") + answers[i]).strip()
+        chats.append([*messages, {"role": "assistant", "content": content}])
+        texts[i] = render_chat(tokenizer, chats[i], prompts["metadata"][i])
+    return {"texts": texts, "prompts": prompts["query"], "responses": answers, "messages": chats,
+            "metadata": prompts["metadata"]}
+
+
 def join_texts(tokenizer, prompts, responses, is_encoder_decoder):
-    """Return the texts that a reward reads: each prompt (ids) with its response (ids)."""
+    """Return each prompt (ids) with its response (ids) as one text."""
     if is_encoder_decoder:
         prompts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
         responses = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -870,12 +1330,75 @@ def join_texts(tokenizer, prompts, responses, is_encoder_decoder):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def load_classifier(name, label, device):
-    """Load a sequence classifier as a function: a list of texts -> a list of numbers."""
+def judged_ids(tokenizer, text, row=None, max_length=None):
+    """Return the token ids that a classifier reads, in training and in use.
+
+    text: a text, or the messages of a chat. Of a longer one its last max_length tokens: the
+    response is at the end. row: see apply_template."""
+    is_chat = not isinstance(text, str)
+    if is_chat:
+        messages, text = text, render_chat(tokenizer, text, row)
+        warn_of_lost_thinking(text, messages)
+    return tokenizer(text, add_special_tokens=not is_chat, truncation=max_length is not None,
+                     max_length=max_length, verbose=False).input_ids
+
+
+def prepare_classifier_tokenizer(tokenizer):
+    """Return a copy that pads with a token that ends no text, and truncates on the left.
+
+    transformers reads a decoder's score at the last token that is not the pad token: with the end
+    token as padding (Llama 3, Mistral, Zephyr) it would read the token before the end."""
+    tokenizer = copy.deepcopy(tokenizer)
+    pad_token_id = padding_token_id(tokenizer, end_token_ids(tokenizer))
+    if pad_token_id != tokenizer.pad_token_id:
+        # GPT-2 writes the null character as the letter Ā, which words of a text may hold
+        word = AddedToken(tokenizer.convert_ids_to_tokens(pad_token_id), single_word=True,
+                          normalized=False, special=True)
+        pad_token = tokenizer.added_tokens_decoder.get(pad_token_id, word)
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    set_truncation(tokenizer, tokenizer.model_max_length)
+    return tokenizer
+
+
+def set_truncation(tokenizer, max_length):
+    """Keep the last max_length tokens of a text; the tokenizer is saved so."""
+    settings = {"truncation_side": "left", "model_max_length": max_length}
+    tokenizer.init_kwargs.update(settings)  # what save_pretrained writes
+    for name, value in settings.items():
+        setattr(tokenizer, name, value)
+
+
+def set_classifier_padding(model, tokenizer):
+    """Write the tokenizer's pad token to the config of a classifier. Raises InputError."""
+    config = model.config.get_text_config()
+    if getattr(config, "summary_type", None) == "last":
+        raise InputError(f"summary_type='last' ({config.model_type} model): it reads the score at "
+                         "the last column, which may be padding; choose another classifier")
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def longest_text(model, tokenizer):
+    """Return how many tokens of a text a classifier can read."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            longest -= module.padding_idx + 1  # RoBERTa counts positions from behind this one
+    return min(longest, tokenizer.model_max_length)
+
+
+JUDGED_TOKENS = 2**14  # of texts that a classifier reads at once, padding included
+
+
+def load_classifier(name, label, device, **kwargs):
+    """Load a sequence classifier as a function of `reward_inputs`, which returns numbers.
+
+    It reads a chat in its own template or, if it has none, the response alone."""
     with explain(f"reward_model {name} is neither file.py:function nor a sequence classifier's "
                  "folder or hub name"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **hub_arguments(kwargs, "trust_remote_code"))
+        model = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+        model = model.to(device).eval()
     names = {str(label_name): i for i, label_name in model.config.id2label.items()}
     labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
     if model.config.num_labels > 1 and label is None:
@@ -884,29 +1407,75 @@ def load_classifier(name, label, device):
     if label is not None and label not in labels:
         raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
     column = 0 if label is None else labels[label]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.truncation_side = "left"  # the response is at the end
-    model.config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(model.config, "max_position_embeddings", None) or 10**9
-    longest = min(tokenizer.model_max_length, longest)
+    given_pad, pad_id = tokenizer.pad_token, model.config.get_text_config().pad_token_id
+    tokenizer = prepare_classifier_tokenizer(tokenizer)
+    if tokenizer.pad_token != given_pad and pad_id in range(len(tokenizer)):
+        # not trained by reward.py: its scores were read before this token, even if it ends texts
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    set_classifier_padding(model, tokenizer)
+    longest = longest_text(model, tokenizer)
+
+    def ids_of(text, response, messages, row):
+        if messages and tokenizer.chat_template is None:
+            return judged_ids(tokenizer, response, max_length=longest)
+        return judged_ids(tokenizer, messages or text, row, longest)
 
     @torch.inference_mode()
-    def score(texts):
-        scores = []
-        for start in range(0, len(texts), 64):
+    def score(texts, responses=None, messages=None, metadata=None):
+        nothing = [None] * len(texts)
+        rows = zip(texts, responses or nothing, messages or nothing, metadata or nothing,
+                   strict=True)
+        ids = [ids_of(*row) for row in rows]
+        scores = torch.empty(len(ids))
+        for batch in batches_of_similar_length([len(row) for row in ids], JUDGED_TOKENS):
             # padded on the right: GPT-2 classifiers count positions from the first column
-            inputs = tokenizer(texts[start:start + 64], padding=True, padding_side="right",
-                               truncation=True, max_length=longest, return_tensors="pt")
-            scores += model(**inputs.to(device)).logits[:, column].float().tolist()
-        return scores
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right",
+                                   return_tensors="pt").to(device)
+            scores[batch] = model(**inputs).logits[:, column].float().cpu()
+        return scores.tolist()
 
     return score
 
 
 # ----------------------------------------------------------------------------- models and adapters
-def load_tokenizer(name):
-    """Load the tokenizer of a model's folder or hub name, with a pad token."""
-    return with_padding(AutoTokenizer.from_pretrained(name))
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+@dataclass(kw_only=True)
+class LoadingFlags:
+    """Flags of the text scripts that say how a model is loaded."""
+
+    revision: Optional[str] = None
+    """Branch, tag or commit of model_name on the hub. None: main."""
+    trust_remote_code: bool = False
+    """Run the Python code that a hub's model brings with it."""
+    attn_implementation: Optional[str] = None
+    """Attention: eager, sdpa, flash_attention_2, ... None: what transformers chooses."""
+
+
+def loading_arguments(config):
+    """Return the arguments of from_pretrained that a script's flags stand for."""
+    flags = {field.name: getattr(config, field.name) for field in fields(LoadingFlags)}
+    return {"dtype": config.torch_dtype, **{name: flag for name, flag in flags.items() if flag}}
+
+
+def hub_arguments(kwargs, *others):
+    """Select, from arguments of from_pretrained, those that find a file on the hub, and others."""
+    return {name: kwargs[name] for name in (*HUB_ARGUMENTS, *others) if name in kwargs}
+
+
+def load_tokenizer(name, **kwargs):
+    """Load the tokenizer of a model's folder or hub name, with a pad token.
+
+    kwargs: those for the model's from_pretrained."""
+    kwargs = hub_arguments(kwargs, "trust_remote_code")
+    return with_padding(AutoTokenizer.from_pretrained(name, **kwargs))
+
+
+def load_config(name, **kwargs):
+    """Load the configuration of a model, of a LoRA adapter that of its base model."""
+    base, kwargs = base_of(name, **kwargs)
+    return AutoConfig.from_pretrained(base, **hub_arguments(kwargs, "trust_remote_code"))
 
 
 def with_padding(tokenizer):
@@ -923,34 +1492,55 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_language_model(name, dtype):
+def load_language_model(name, **kwargs):
     """Load a tokenizer and a language model by hub name or folder. Raises InputError.
 
     The model is causal or an encoder-decoder, or an adapter on one, which trains further."""
     with explain(f"model_name {name} can't be loaded"):
-        tokenizer = load_tokenizer(name)
-        seq2seq = AutoConfig.from_pretrained(base_of(name)).is_encoder_decoder
+        tokenizer = load_tokenizer(name, **kwargs)
+        seq2seq = load_config(name, **kwargs).is_encoder_decoder
         auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        return tokenizer, load_pretrained(auto_class, name, True, dtype=dtype)
+        return tokenizer, load_pretrained(auto_class, name, True, **kwargs)
 
 
 def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
     """Load a plain model, or base model and adapter if `name` is an adapter."""
-    base = base_of(name)
-    model = auto_class.from_pretrained(base, *args, **kwargs)
+    base, base_kwargs = base_of(name, **kwargs)
+    model = auto_class.from_pretrained(base, *args, **base_kwargs)
     if base == name:
         return model
     from peft import PeftModel
-    return PeftModel.from_pretrained(model, name, is_trainable=is_trainable)
+    return PeftModel.from_pretrained(
+        model, name, is_trainable=is_trainable, **hub_arguments(kwargs))
 
 
-def base_of(name):
-    """Return the name of the base model of a LoRA adapter; of any other model its own name."""
-    from transformers.utils import find_adapter_config_file
-    if find_adapter_config_file(name) is None:
-        return name
+def load_sequence_classifier(name, **kwargs):
+    """Load a classifier to train; a language model gets a fresh head with one label.
+
+    An adapter of a classifier trains further. One of a language model is merged into its base
+    model: the fresh head then reads what the adapter has learned."""
     from peft import PeftConfig
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
+    has_head = "SequenceClassification" in str(load_config(name, **kwargs).architectures)
+    head = {} if has_head else {"num_labels": 1}
+    base, base_kwargs = base_of(name, **kwargs)
+    hub = hub_arguments(kwargs)
+    if base == name or PeftConfig.from_pretrained(name, **hub).task_type in ("SEQ_CLS", None):
+        return load_pretrained(AutoModelForSequenceClassification, name, True, **head, **kwargs)
+    merged = load_pretrained(AutoModelForCausalLM, name, False, **kwargs).merge_and_unload()
+    model = AutoModelForSequenceClassification.from_pretrained(base, **head, **base_kwargs)
+    model.base_model.load_state_dict(merged.base_model.state_dict())
+    return model
+
+
+def base_of(name, **kwargs):
+    """Return the base model of a LoRA adapter and its arguments; of another model its own."""
+    from transformers.utils import find_adapter_config_file
+    hub = hub_arguments(kwargs)
+    if find_adapter_config_file(name, **hub) is None:
+        return name, kwargs
+    from peft import PeftConfig
+    config = PeftConfig.from_pretrained(name, **hub)
+    return config.base_model_name_or_path, {**kwargs, "revision": config.revision}
 
 
 def lora_config(config, task_type):
@@ -969,9 +1559,55 @@ def with_adapter(model, peft_config, seed=None):
         raise InputError("peft_config: the model has an adapter already; give one or the other")
     if getattr(model, "is_quantized", False):  # Trainer's own switch turns checkpointing on
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    unread = freeze_beyond_text(model)
+    if unread and hasattr(peft_config, "exclude_modules"):
+        peft_config = copy.copy(peft_config)
+        peft_config.exclude_modules = peft_config.exclude_modules or unread
     if seed is not None:
         set_seed(seed)
     return get_peft_model(model, peft_config)
+
+
+def freeze_beyond_text(model):
+    """Freeze what text does not reach, such as a vision tower. Returns its modules' names.
+
+    On several ranks DDP would wait for its gradients."""
+    config, text = model.config, model.config.get_text_config()
+    if config.is_encoder_decoder or text is config:
+        return []
+    backbone, decoder = model.base_model, model.get_decoder()
+    for parameter in set(backbone.parameters()) - set(decoder.parameters()):
+        parameter.requires_grad_(False)
+    unread = set(backbone.modules()) - set(decoder.modules())
+    return [name for name, module in model.named_modules() if module in unread]
+
+
+def prepare_training(model, peft_config=None, seed=None):
+    """Prepare a model for training, with a fresh adapter if peft_config is given.
+
+    Freezes what text does not reach. A head that is trained next to a frozen base becomes float32.
+    Raises InputError if nothing would train."""
+    if peft_config is not None:
+        model = with_adapter(model, peft_config, seed)
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    freeze_beyond_text(plain)
+    for config in getattr(model, "peft_config", {}).values():
+        base = config.base_model_name_or_path
+        if base and os.path.isdir(base):  # the saved adapter opens in every working directory
+            config.base_model_name_or_path = os.path.abspath(base)
+    if plain is not model:
+        backbone = set(plain.base_model.parameters())
+        for module in plain.modules():
+            own = set(module.parameters(recurse=False))
+            is_trained = all(p.requires_grad and p.dtype != torch.float32 for p in own)
+            if own and is_trained and not own & backbone:
+                module.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise InputError("model: none of its parameters requires a gradient, so nothing would "
+                         "train; load an adapter with is_trainable=True")
+    warn_of_half_precision(model)
+    return model
 
 
 # ----------------------------------------------------------------------------- output files
@@ -1018,8 +1654,12 @@ def trainer_checkpoint(path):
     checkpoint = newest_checkpoint(path, "trainer_state.json")
     with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
         json.loads((checkpoint / "trainer_state.json").read_text())
-        if not any(checkpoint.glob("*model*")):
-            raise FileNotFoundError("it holds no weights")
+        parts = {"weights": ["*model*"], "optimizer": ["*optimizer*"],
+                 "schedule": ["scheduler*", "custom_checkpoint*"]}  # Trainer's, accelerate's
+        for part, names in parts.items():
+            files = [file for name in names for file in checkpoint.glob(name)]
+            if not files and not (checkpoint / "latest").exists():  # DeepSpeed has its own folders
+                raise FileNotFoundError(f"it holds no {part}")
         for file in checkpoint.iterdir():
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").keys()
@@ -1119,6 +1759,32 @@ library_name: transformers
 
 
 # ----------------------------------------------------------------------------- files on Trainer
+@dataclass
+class TrainerFlags:
+    """List the fields that the four configs on TrainingArguments share."""
+
+    dataset_split: Optional[str] = None
+    """Split to train on, such as train_sft. None: train, or the only one."""
+    dataset_config: Optional[str] = None
+    """Configuration of a dataset that has several, such as main of gsm8k."""
+    eval_dataset_split: Optional[str] = None
+    """Split to evaluate on, of eval_dataset or else of dataset. None: test or validation."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, more time."""
+    save_total_limit: Optional[int] = 1
+    """Number of checkpoints to keep. None: all."""
+
+    def __post_init__(self):
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # Trainer computes in bfloat16 on a CPU only if told so
+        # the name in transformers 5; Trainer warns about the old one
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+
+
 def start_run(config):
     """Check the output folder and the checkpoint to resume from, and seed all random numbers.
 
@@ -1126,19 +1792,68 @@ def start_run(config):
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = trainer_checkpoint(config.resume_from_checkpoint)
+        check_unfinished(checkpoint, config)
     writable_folder(config.output_dir, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
     return Path(config.output_dir), checkpoint
 
 
+def check_unfinished(checkpoint, config):
+    """Raise InputError if a finished run is resumed: Trainer would take an update too many."""
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    is_over = state["epoch"] >= config.num_train_epochs
+    if config.max_steps > 0:
+        is_over = state["global_step"] >= config.max_steps
+    if is_over and Path(config.output_dir, "README.md").exists():  # it is written last
+        raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
+                         "--num-train-epochs or --max-steps to continue")
+
+
 def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
-    """Load config.dataset and config.eval_dataset, which is None if there is none.
+    """Load the rows of config.dataset, and the evaluation's, or None. Raises InputError.
 
     Without config.dataset: the files of the toy."""
-    rows = load_rows(config.dataset or TOY / toy_rows)
-    if config.eval_dataset:
-        return rows, load_rows(config.eval_dataset)
-    return rows, None if config.dataset else load_rows(TOY / toy_eval_rows)
+    dataset = config.dataset or TOY / toy_rows
+    rows = load_rows(dataset, config.dataset_split, config.dataset_config)
+    held_out = load_eval_rows(config, dataset)
+    if held_out is None and not config.dataset:
+        held_out = load_rows(TOY / toy_eval_rows)
+    return rows, held_out
+
+
+def load_eval_rows(config, dataset):
+    """Load the rows to evaluate on, or return None: never, unsaid, those of training.
+
+    They are a split of config.eval_dataset or, if config.eval_dataset_split is given, of `dataset`,
+    which is trained on. Raises InputError."""
+    name = config.eval_dataset or (config.eval_dataset_split and dataset)
+    if not name:
+        return None
+    split = config.eval_dataset_split
+    settings = config.dataset_config if str(name) == str(dataset) else None
+    if str(name) == str(dataset) and split is None and not Path(name).is_file():
+        splits = load_splits(name, settings)
+        if len(splits) == 1:
+            raise InputError(f"eval_dataset={name}: it is the dataset too, which has the split "
+                             f"{', '.join(splits)} alone; give other rows, or leave it out")
+    return load_rows(name, split, settings, ("test", "validation"), "eval_dataset_split")
+
+
+def map_sets(function, datasets, *args):
+    """Apply a function to a dataset, or to each of a dict of datasets."""
+    if isinstance(datasets, dict):
+        return {name: function(dataset, *args) for name, dataset in datasets.items()}
+    return function(datasets, *args)
+
+
+def read_stream(rows):
+    """Read a stream into a list; anything else stays as it is.
+
+    Ranks fill the last batch of a stream with rows that they have had, and can't tell them apart
+    in evaluation."""
+    from datasets import IterableDataset
+    is_stream = isinstance(rows, (IterableDataset, torch.utils.data.IterableDataset))
+    return list(rows) if is_stream else rows
 
 
 class TokenMeanEvaluation:
@@ -1181,6 +1896,8 @@ class Journal(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
         self.file = MetricsFile(self.path, state.global_step) if main else None
+        if main and state.global_step:  # samples too, since they will be drawn again
+            MetricsFile(self.path.with_name("samples.jsonl"), state.global_step)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
                         desc=self.phases[0] or None, disable=not main or args.disable_tqdm)
 
@@ -1360,7 +2077,11 @@ class LoopTrainer:
 
         The learning rate stays the config's, unless a scheduler sets it."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.accelerator.load_state(str(path))
+        with explain(f"checkpoint {path} is damaged; resume from another"):
+            # accelerate goes on without the random numbers that it can't read
+            rank = self.accelerator.process_index
+            zipfile.ZipFile(Path(path, f"random_states_{rank}.pkl")).close()
+            self.accelerator.load_state(str(path))
         if self.lr_scheduler is None:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

@@ -17,7 +17,7 @@ averaged over samples and timesteps (Black et al., equation 5 with the clip):
     L = max(-A rho_t, -A clip(rho_t, 1 - eps, 1 + eps))
     rho_t = p(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
 
-The advantage A is the reward, normalized over the batch, over this epoch's images of the same
+The advantage A is the reward, normalized over the batch, over the pictures_per_prompt images of a
 prompt or over the prompt's recent rewards; the loss clips it to +-train_adv_clip_max.
 
 Start reading at `DDPOTrainer.step`. Part 1 is the algorithm, Part 2 the machinery around it.
@@ -27,11 +27,11 @@ So rho_t is the n-th root of the paper's ratio, and eps is small.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. Gradients are averaged over ranks and statistics see all of them. Each rank samples with a seed
      of its own.
-  2. log p is computed in training as in sampling: with the same guidance, on latents that are
-     already rounded to half precision. Dropout is off.
-  3. sigma_t is at least MIN_STD, and the last timestep ends where the scheduler says. sample_eta
-     must be above 0.
-  4. Weights that train are float32. Only the weights that LoRA freezes are in half precision.
+  2. log p is computed in training as in sampling: with the same guidance, without dropout. The
+     latents are float32 in every precision, since they would be coarse next to a small sigma_t.
+  3. A sigma_t of 0 is replaced by MIN_STD, and the last timestep ends where the scheduler says.
+     sample_eta must be above 0.
+  4. Weights that train are float32, and so is the VAE. Only what LoRA freezes is in half precision.
   5. A LoRA is saved in the format of `load_lora_weights`, and resumed into the adapter that trains.
   6. Checkpoints hold the complete training state: a resumed run reproduces the uninterrupted one.
   7. Rewards may be integers. One that is not finite raises an error that shows its prompt.
@@ -93,7 +93,7 @@ from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
 logging.set_verbosity(verbosity)
 
-MIN_STD = 0.01  # of sigma_t: 1% of the latents' spread, invisible; at 0 log p would be infinite
+MIN_STD = 0.01  # in place of sigma_t = 0, where log p would be infinite; invisible in an image
 JSON = tyro.conf.arg(metavar="JSON", constructor=json.loads)
 HIDDEN = tyro.conf.Suppress
 
@@ -203,8 +203,8 @@ class DDPOConfig:
     """Train a LoRA adapter on the UNet's attention. False: train the whole UNet."""
     lora_r: int = 4
     """Rank of a fresh adapter."""
-    lora_alpha: int = 16
-    """LoRA scale is lora_alpha / lora_r. TRL's is 1, slow in short runs."""
+    lora_alpha: int = 4
+    """LoRA scale is lora_alpha / lora_r."""
     lora_weights: Optional[str] = None
     """LoRA to train further, for load_lora_weights. None: a fresh adapter."""
     gradient_checkpointing: bool = False
@@ -213,6 +213,8 @@ class DDPOConfig:
     """Images sampled before and after, with the same noise and prompts. 0: none."""
     train_times_per_pass: Annotated[Optional[int], HIDDEN] = None
     """Removed."""
+
+    chosen = {}  # sizes that ScriptConfig has chosen
 
     def __post_init__(self):
         if self.train_times_per_pass is not None:
@@ -239,7 +241,7 @@ class DDPOConfig:
                  "lora_alpha": "use_lora",
                  "per_prompt_stat_tracking_buffer_size": "per_prompt_stat_tracking",
                  "per_prompt_stat_tracking_min_count": "per_prompt_stat_tracking"}
-        defaults = {option.name: option.default for option in fields(self)}
+        defaults = {option.name: option.default for option in fields(self)} | self.chosen
         for name, switch in needs.items():
             if getattr(self, name) != defaults[name] and not getattr(self, switch):
                 warnings.warn(f"{name}={getattr(self, name)} has no effect without {switch}",
@@ -279,18 +281,36 @@ class DDPOConfig:
         return asdict(self)
 
 
+# What the toy learns from in minutes, and ddpo-pytorch's sizes, which on eight GPUs are the paper's
+# 256 images per epoch: a pass of 4 images of 512 x 512 with a LoRA fits a card of 24 GB.
+TOY_SIZES = {"num_epochs": 50, "sample_num_steps": 20, "train_batch_size": 8,
+             "train_gradient_accumulation_steps": 1, "lora_alpha": 16}
+OWN_SIZES = {"num_epochs": 100, "sample_num_steps": 50, "train_batch_size": 4,
+             "train_gradient_accumulation_steps": 2, "lora_alpha": 4}
+
+
 @dataclass
 class ScriptConfig(DDPOConfig):
-    """DDPOConfig with the script's own defaults: epochs that a small pipeline learns from."""
+    """DDPOConfig with the script's own defaults, the toy's or those of --model-name."""
 
-    num_epochs: int = 50
-    """Epochs; each samples images, scores them and trains on them."""
-    sample_num_steps: int = 20
-    """T: denoising timesteps per image."""
+    num_epochs: Optional[int] = None
+    """Epochs of images, rewards and updates. None: 50, with --model-name 100."""
+    sample_num_steps: Optional[int] = None
+    """T: denoising timesteps per image. None: 20, with --model-name 50."""
     sample_batch_size: int = 16
     """Images per batch in sampling."""
-    train_batch_size: int = 8
-    """Samples per forward and backward pass, each at one timestep."""
+    train_batch_size: Optional[int] = None
+    """Samples per pass, each at one timestep. None: 8, with --model-name 4."""
+    train_gradient_accumulation_steps: Optional[int] = None
+    """Minibatches per optimizer step. None: 1, with --model-name 2."""
+    lora_alpha: Optional[int] = None
+    """LoRA scale is lora_alpha / lora_r. None: 16, with --model-name 4 (TRL's)."""
+
+    def __post_init__(self):
+        sizes = OWN_SIZES if self.model_name else TOY_SIZES
+        self.chosen = {name: size for name, size in sizes.items() if getattr(self, name) is None}
+        vars(self).update(self.chosen)
+        super().__post_init__()
 
 
 # ----------------------------------------------------------------------------- mathematics
@@ -323,7 +343,8 @@ def ddim_mean_std(x_t, output, alpha_t, alpha_prev, eta, prediction_type="epsilo
         epsilon = (x_t - signal * x_0) / noise
 
     variance = (1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)
-    sigma = (eta * variance.sqrt()).clamp(min=MIN_STD)                                # eq. 16
+    sigma = eta * variance.sqrt()                                                     # eq. 16
+    sigma = torch.where(sigma > 0, sigma, MIN_STD)
     direction = (1 - alpha_prev - sigma**2).clamp(min=0).sqrt() * epsilon
     mean = alpha_prev.sqrt() * x_0 + direction                                        # eq. 12
     return mean, sigma
@@ -363,14 +384,10 @@ def normalize(rewards):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
 
 
-def normalize_by_prompt(prompts, rewards):
-    """Normalize the rewards [N] of each prompt by themselves. A single one becomes 0."""
-    prompts, rewards = np.asarray(prompts), np.asarray(rewards, dtype=np.float64)
-    advantages = np.zeros(len(rewards))
-    for prompt in set(prompts):
-        same = prompts == prompt
-        advantages[same] = normalize(rewards[same])
-    return advantages
+def normalize_groups(rewards, size):
+    """Normalize each `size` consecutive rewards of [N] by themselves."""
+    groups = np.reshape(rewards, (-1, size))
+    return np.concatenate([normalize(group) for group in groups])
 
 
 class PerPromptStatTracker:
@@ -453,6 +470,7 @@ class DenoisingPolicy:
 
         unet: the UNet or its DDP wrapper. embeds: [2B, L, D], the negative prompts' first, or
         [B, L, D] without guidance."""
+        latents = latents.to(embeds.dtype)  # a UNet in half precision takes no float32
         if len(embeds) == len(latents):
             return unet(latents, timesteps, embeds, return_dict=False)[0]
         latents, timesteps = torch.cat([latents] * 2), torch.cat([timesteps] * 2)
@@ -470,9 +488,7 @@ class DenoisingPolicy:
         mean, std = self.step_distribution(model_output, timestep, sample, eta,
                                            use_clipped_model_output)
         if prev_sample is None:
-            noise = randn_tensor(mean.shape, generator, mean.device, mean.dtype)
-            # round to the precision of the latents first, then score what is kept
-            prev_sample = (mean + std * noise).to(sample.dtype)
+            prev_sample = mean + std * randn_tensor(mean.shape, generator, mean.device, mean.dtype)
         return DDPOSchedulerOutput(prev_sample, log_prob(prev_sample, mean, std))
 
     def step_distribution(self, output, timestep, sample, eta, use_clipped_model_output=False):
@@ -523,7 +539,7 @@ class DDPOTrainer(LoopTrainer):
         data["advantages"], all_rewards = self.compute_advantages(prompts, rewards)
         reward_stats = {"reward_mean": float(all_rewards.mean()),
                         "reward_std": float(all_rewards.std())}
-        self.log({"epoch": epoch, **reward_stats}, global_step)
+        self.accelerator.log({"epoch": epoch, **reward_stats}, step=global_step)
         self.show_images(prompt_image_pairs, global_step)
 
         # 4. Inner epochs of minibatches, one timestep per pass; a gradient is the mean over the
@@ -554,7 +570,8 @@ class DDPOTrainer(LoopTrainer):
                 stats = self.mean_stats(pass_stats)
                 self.optimizer_step()
                 global_step += 1
-                self.log({**stats, "epoch": epoch, "inner_epoch": inner_epoch}, global_step)
+                epochs = {"epoch": epoch, "inner_epoch": inner_epoch}
+                self.accelerator.log({**stats, **epochs}, step=global_step)
                 train_stats.append(stats)
 
         # 5. Statistics of the epoch
@@ -569,11 +586,12 @@ class DDPOTrainer(LoopTrainer):
 
         The tensors of a batch are a dict: timesteps, log_probs [B, T]; latents, next_latents
         [B, T, C, h, w]; prompt_embeds, negative_prompt_embeds [B, L, D]; prompt_ids [B, L]."""
-        pipeline = self.sd_pipeline
-        samples, prompt_image_pairs = [], []
-        for _ in range(iterations):
-            drawn = [self.prompt_function() for _ in range(batch_size)]
-            prompts, metadata = zip(*drawn, strict=True)
+        pipeline, repeats = self.sd_pipeline, self.config.pictures_per_prompt
+        samples, prompt_image_pairs, drawn = [], [], []
+        for _ in range(iterations * batch_size // repeats):
+            drawn += [self.prompt_function()] * repeats
+        for batch in common.split(drawn, batch_size):
+            prompts, metadata = zip(*batch, strict=True)
             output, prompt_embeds = self.sample_images(prompts)
             prompt_ids = pipeline.tokenizer(list(prompts), padding="max_length", truncation=True,
                                             return_tensors="pt").input_ids
@@ -612,7 +630,7 @@ class DDPOTrainer(LoopTrainer):
         if config.per_prompt_stat_tracking:
             advantages = self.stat_tracker.update(all_prompts, all_rewards)
         elif config.pictures_per_prompt > 1:
-            advantages = normalize_by_prompt(all_prompts, all_rewards)
+            advantages = normalize_groups(all_rewards, config.pictures_per_prompt)
         else:
             advantages = normalize(all_rewards)
         # all ranks have the same number of samples; keep this rank's
@@ -763,15 +781,17 @@ class DDPOTrainer(LoopTrainer):
                              "on per_prompt_stat_tracking")
 
     def prepare_models(self):
-        """Move the models to the device: in float32, or in half precision where LoRA freezes."""
+        """Move the models to the device: in float32, or in half precision where LoRA freezes.
+
+        The VAE stays float32: SDXL's overflows in float16, and it runs once per image."""
         half = {"fp16": torch.float16, "bf16": torch.bfloat16}
         frozen = half.get(self.accelerator.mixed_precision, torch.float32)
         pipeline = self.sd_pipeline
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
-            part.to(self.accelerator.device)
-            for p in part.parameters():
-                is_frozen = pipeline.use_lora and not p.requires_grad
-                p.data = p.data.to(frozen if is_frozen else torch.float32)
+        for model in pipeline.models:
+            model.to(self.accelerator.device)
+            may_round = pipeline.use_lora and model is not pipeline.vae
+            for p in model.parameters():
+                p.data = p.data.to(frozen if may_round and not p.requires_grad else torch.float32)
         if self.config.gradient_checkpointing:
             pipeline.unet.enable_gradient_checkpointing()
         pipeline.unet.train()  # gradient checkpointing needs it; dropout is off
@@ -807,7 +827,7 @@ class DDPOTrainer(LoopTrainer):
                     self.bar.set_postfix(reward=f"{self.stats['reward_mean']:.3f}", refresh=False)
                     self.bar.update()
                 if self.epoch % self.config.save_freq == 0:
-                    self.save_checkpoint(self.accelerator.project_dir)
+                    self.save_checkpoint(self.accelerator.project_dir, self.epoch)
         self.bar = None
 
     def compute_rewards(self, prompt_image_pairs):
@@ -841,11 +861,6 @@ class DDPOTrainer(LoopTrainer):
         return [torch.tensor(rewards), extra]
 
     # ------------------------------------------------------------------ logging and saving
-    def log(self, stats, global_step):
-        """Send statistics to the tracker."""
-        if self.config.log_with:
-            self.accelerator.log(stats, step=global_step)
-
     def show_images(self, prompt_image_pairs, global_step):
         """Call the hook on the main rank."""
         if self.image_samples_callback is not None and self.accelerator.is_main_process:
@@ -860,10 +875,10 @@ class DDPOTrainer(LoopTrainer):
     def create_model_card(self, path, model_name="TRL DDPO Model"):
         """Write README.md into the folder `path`: what the model is and how to load it."""
         config, base = self.config, self.config.model_name or "toy/pipeline"
-        load = 'StableDiffusionPipeline.from_pretrained(".")'
+        load = 'DiffusionPipeline.from_pretrained(".")'
         if self.sd_pipeline.use_lora:
-            load = (f'StableDiffusionPipeline.from_pretrained("{base}")\n'
-                    'pipeline.load_lora_weights(".")')
+            load = f'DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights(".")'
+        ddim = {name: self.sd_pipeline.scheduler.config[name] for name in STABLE_DIFFUSION_DDIM}
         os.makedirs(path, exist_ok=True)
         Path(path, "README.md").write_text(f"""---
 library_name: diffusers
@@ -876,9 +891,9 @@ A diffusion model fine-tuned with denoising diffusion policy optimization:
 `{base}`, prompts `{config.prompts or 'toy/shapes.txt'}`, reward `{config.reward_function}`).
 
 ```python
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 pipeline = {load}
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{ddim})
 pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
          num_inference_steps={config.sample_num_steps}, eta={config.sample_eta},
          guidance_scale={self.guidance_scale})
@@ -913,10 +928,6 @@ pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
         for prompt, rewards in state["rewards"].items():
             self.stat_tracker.stats[prompt].extend(rewards)
 
-    def save_checkpoint(self, folder):
-        """Write folder/checkpoint-<epochs> and remove the oldest ones. Call on every rank."""
-        super().save_checkpoint(folder, self.epoch)
-
 
 def to_floats(rewards):
     """Return the numbers of a list, array or tensor as floats; None for anything else."""
@@ -927,6 +938,17 @@ def to_floats(rewards):
 
 
 # ----------------------------------------------------------------------------- the pipeline
+# For configurations of schedulers that lack these; with DDIM's own defaults latents are clipped.
+STABLE_DIFFUSION_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+
+
+def as_ddim(scheduler):
+    """Make a DDIMScheduler with the same schedule."""
+    config = scheduler.config
+    settings = {name: config.get(name, value) for name, value in STABLE_DIFFUSION_DDIM.items()}
+    return DDIMScheduler.from_config(config, **settings)
+
+
 class DDPOStableDiffusionPipeline(DenoisingPolicy):
     """A StableDiffusionPipeline as a policy, whose UNet or LoRA trains.
 
@@ -938,9 +960,10 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
 
         sd_pipeline: a StableDiffusionPipeline; its scheduler becomes DDIM."""
         self.sd_pipeline, self.use_lora = sd_pipeline, use_lora
-        sd_pipeline.scheduler = DDIMScheduler.from_config(sd_pipeline.scheduler.config)
-        for part in (sd_pipeline.vae, sd_pipeline.text_encoder, sd_pipeline.unet):
-            part.requires_grad_(False)
+        sd_pipeline.scheduler = as_ddim(sd_pipeline.scheduler)
+        sd_pipeline.vae.enable_slicing()  # decode one image at a time: less memory
+        for model in self.models:
+            model.requires_grad_(False)
         common.disable_dropout(self.unet)
         has_lora = bool(getattr(self.unet, "peft_config", None))
         if not use_lora:
@@ -957,6 +980,12 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
         matrices = (f".lora_A.{self.adapter}.", f".lora_B.{self.adapter}.")
         for name, p in self.unet.named_parameters():
             p.requires_grad_(any(matrix in name for matrix in matrices))
+
+    @property
+    def models(self):
+        """The networks of the pipeline, without the safety checker, which is not used."""
+        return [part for name, part in self.sd_pipeline.components.items()
+                if isinstance(part, torch.nn.Module) and name != "safety_checker"]
 
     unet = property(lambda self: self.sd_pipeline.unet)
     vae = property(lambda self: self.sd_pipeline.vae)
@@ -978,18 +1007,19 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
         return self.sd_pipeline.encode_prompt(list(prompts), device, 1, False)[0]
 
     def initial_noise(self, prompt_embeds, generator):
-        """Draw the latents x_T [B, C, h, w]."""
+        """Draw the latents x_T [B, C, h, w] in float32."""
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         height, width = (size, size) if isinstance(size, int) else size
         return randn_tensor((len(prompt_embeds), channels, height, width), generator,
-                            prompt_embeds.device, prompt_embeds.dtype)
+                            prompt_embeds.device, torch.float32)
 
     def decode(self, latents, output_type):
         """Turn latents [B, C, h, w] into images of this type."""
         if output_type == "latent":
             return latents
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
+        with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in float16
+            images = self.vae.decode(latents, return_dict=False)[0]
         return self.sd_pipeline.image_processor.postprocess(images, output_type=output_type)
 
     def save_pretrained(self, folder):
@@ -997,10 +1027,14 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
         if not self.use_lora:
             self.sd_pipeline.save_pretrained(folder)
             return
-        layers = get_peft_model_state_dict(self.unet, adapter_name=self.adapter)
-        StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=convert_state_dict_to_diffusers(layers),
-            unet_lora_adapter_metadata=self.unet.peft_config[self.adapter].to_dict())
+        lora = {}
+        for name, model in self.sd_pipeline.components.items():
+            if getattr(model, "peft_config", None):  # a text encoder may have a part, which is kept
+                (adapter,) = model.active_adapters()
+                layers = get_peft_model_state_dict(model, adapter_name=adapter)
+                lora[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(layers)
+                lora[f"{name}_lora_adapter_metadata"] = model.peft_config[adapter].to_dict()
+        self.sd_pipeline.save_lora_weights(folder, **lora)
 
     def save_checkpoint(self, folder):
         """Write the weights that train, without the other parts of the pipeline."""
@@ -1012,7 +1046,7 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
     def load_checkpoint(self, folder):
         """Read the weights of save_checkpoint, a LoRA's into the adapter that trains."""
         if self.use_lora:
-            saved, _ = StableDiffusionPipeline.lora_state_dict(folder)
+            saved, _ = self.sd_pipeline.lora_state_dict(folder)
             layers = {name.removeprefix("unet."): weight for name, weight in saved.items()}
             set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers),
                                       adapter_name=self.adapter)
@@ -1225,15 +1259,18 @@ def main(config: ScriptConfig):
 
     def draw_prompt():
         """Draw by seed, rank and number alone: a resumed run continues with the same prompts."""
-        number = next(numbers) // config.pictures_per_prompt
-        key = f"{config.seed} {trainer.accelerator.process_index} {number}"
+        key = f"{config.seed} {trainer.accelerator.process_index} {next(numbers)}"
         return random.Random(key).choice(rows)
 
     trainer = DDPOTrainer(config, reward, draw_prompt, pipeline, log_images)
     images_per_epoch = config.sample_batch_size * config.sample_num_batches_per_epoch
-    numbers = itertools.count(trainer.epoch * images_per_epoch)
+    numbers = itertools.count(trainer.epoch * images_per_epoch // config.pictures_per_prompt)
 
-    has_samples = trainer.accelerator.is_main_process and config.num_samples > 0
+    is_main = trainer.accelerator.is_main_process
+    if is_main and config.chosen:
+        flags = [f"--{name.replace('_', '-')} {value}" for name, value in config.chosen.items()]
+        tqdm.write(f"sizes for {config.model_name or 'the toy'}: {' '.join(flags)}")
+    has_samples = is_main and config.num_samples > 0
     if has_samples and not config.resume_from:
         show_samples(trainer, rows, "before")
     trainer.train()

@@ -26,8 +26,9 @@ The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. ipo averages log-probabilities over an answer's tokens (0.7.10 sums them).
   2. Log-probabilities are float32 whatever the model's type. The reference never has dropout.
   3. With LoRA the reference is the adapter as it was loaded, not the bare base model.
-  4. max_prompt_length always holds. A truncated answer keeps its EOS. BOS and EOS are added only
-     where they are missing. Rows with an empty answer or two equal answers are dropped and counted.
+  4. max_prompt_length always holds. BOS is added only if the tokenizer writes one to a text, and
+     nothing to a chat. A truncated answer of an encoder-decoder has no EOS either. Rows with an
+     empty answer or two equal answers are dropped and counted.
   5. precompute_ref_log_probs runs the reference before the first step, over evaluation sets too.
   6. Metrics are means over all pairs and ranks; logits/* are means over answer tokens only.
   7. Every pair of an optimizer step has the same weight, in whatever micro-batch or rank it is.
@@ -56,7 +57,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     ProgressCallback,
@@ -75,17 +75,22 @@ from common import (
     copy_adapter,
     create_reference_model,
     explain,
+    join_chat,
     logprobs_from_logits,
     lora_config,
+    map_sets,
     only_logits_of,
+    same_messages,
     set_seed,
+    split_chat,
     text_to_show,
     unsharded,
 )
 
 REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+SIDES = ("chosen", "rejected")
 TRUNCATION_MODES = ("keep_end", "keep_start")
-HELPER_COLUMNS = ("shown_prompt", "length")  # for samples, and for group_by_length
+HELPER_COLUMNS = ("shown_prompt", "length", "is_truncated")  # not for the model
 SPLIT_FROM = 8  # pairs per batch; larger batches run in groups of similar length
 
 
@@ -95,31 +100,29 @@ SPLIT_FROM = 8  # pairs per batch; larger batches run in groups of similar lengt
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
     """Every field of transformers.TrainingArguments, and the script's own.
 
     Sizes are per process. The fields whose defaults differ from Trainer's come first."""
 
     output_dir: str = "runs/dpo"
     """Output folder."""
-    per_device_train_batch_size: int = 32
-    """Pairs per forward and backward pass."""
-    per_device_eval_batch_size: int = 64
-    """Pairs per evaluation batch."""
+    per_device_train_batch_size: int = 1
+    """Pairs per forward and backward pass, of which kto takes means; of the toy model 32."""
+    per_device_eval_batch_size: int = 1
+    """Pairs per evaluation batch; of the toy model 64."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 5e-4 x sqrt(1e5 / number of parameters)."""
-    num_train_epochs: float = 8
-    """Passes over the pairs."""
+    """AdamW's learning rate. None: 5e-4 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    num_train_epochs: float = 1
+    """Passes over the pairs; of the toy model 8."""
     logging_steps: float = 1
     """Optimizer steps per line of metrics.jsonl."""
     eval_strategy: str = "epoch"
     """When to evaluate: no, steps or epoch. Without evaluation pairs: never."""
     save_strategy: str = "epoch"
     """When to write a checkpoint: no, steps, epoch or best."""
-    save_total_limit: Optional[int] = 1
-    """Number of checkpoints to keep."""
     report_to: Optional[str] = "none"
     """Trackers in addition to metrics.jsonl: wandb, tensorboard, ..."""
 
@@ -133,13 +136,13 @@ class DPOConfig(TrainingArguments):
     eval_dataset: Optional[str] = None
     """Held-out pairs. None: the toy's with the toy pairs, otherwise no evaluation."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; bfloat16 only for LoRA's base model."""
+    """Type of the weights; the script loads LoRA's base model in bfloat16."""
     lora_r: int = 0
     """Rank of a fresh LoRA adapter on all linear layers. 0: train all weights."""
     lora_alpha: int = 16
     """LoRA scale is lora_alpha / lora_r."""
-    beta: Optional[float] = None
-    """Strength of the KL penalty; larger stays closer. None: 0.1, for the toy model 3."""
+    beta: float = 0.1
+    """Strength of the KL penalty; larger stays closer. Of the toy model 3."""
     label_smoothing: float = 0.0
     """cDPO: fraction of pairs with wrong labels, 0 to 0.5 (sigmoid only)."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "kto", "kto_pair"] = "sigmoid"
@@ -496,7 +499,10 @@ class DPOTrainer(Trainer):
         check_settings(SimpleNamespace(**settings))
         vars(self).update(settings)
         if ref_model is None and getattr(args, "ref_model_name", None):
-            ref_model, ref_model_init_kwargs = args.ref_model_name, {"dtype": args.torch_dtype}
+            ref_model = args.ref_model_name
+            ref_model_init_kwargs = {**common.loading_arguments(args), "revision": None}
+        self.starts_at_reference = (ref_model is None and ref_adapter_name is None
+                                    and not self.reference_free)
         tokenizer = tokenizer if tokenizer is not None else processing_class
         check_arguments(
             args, self, model=model, model_init=model_init, model_init_kwargs=model_init_kwargs,
@@ -550,15 +556,14 @@ class DPOTrainer(Trainer):
         return self.prepare_policy(super().call_model_init(trial), self.args)
 
     def prepare_policy(self, model, args):
-        """Set the learning rate, put the adapter on, turn dropout off. Returns the policy."""
-        if args.learning_rate is None:
-            args.learning_rate = common.scale_learning_rate(5e-4, model)
+        """Put the adapter on, set the learning rate, turn dropout off. Returns the policy."""
         peft_config = self.peft_config
         if peft_config is None and getattr(args, "lora_r", 0):
             seq2seq = model.config.is_encoder_decoder
             peft_config = lora_config(args, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
-        if peft_config is not None:
-            model = common.with_adapter(model, copy.deepcopy(peft_config), args.seed)
+        model = common.prepare_training(model, copy.deepcopy(peft_config), args.seed)
+        if args.learning_rate is None:
+            args.learning_rate = common.scale_learning_rate(5e-4, model)
         self.is_peft_model = hasattr(model, "peft_config")
         self.prepare_adapters(model)
         if self.disable_dropout:
@@ -650,18 +655,27 @@ class DPOTrainer(Trainer):
             raise InputError(f"{name} has the columns {columns} and lacks {', '.join(missing)}; "
                              "rename its columns to prompt, chosen and rejected")
         unused = [column for column in columns if column not in REFERENCE_COLUMNS]
-        rows = dataset.map(prepare_row, with_indices=True, num_proc=self.dataset_num_proc,
+        rows = dataset.map(prepare_row, with_indices=True,
                            remove_columns=[] if self.keep_columns else unused,
-                           fn_kwargs=self.tokenize_settings())
-        faults = rows["fault"][:]
+                           fn_kwargs=self.tokenize_settings(),
+                           **common.map_options(self.args, dataset, self.dataset_num_proc))
+        faults, truncated = rows["fault"][:], rows["is_truncated"][:]
         empty, equal = faults.count("empty"), faults.count("equal")
         if empty or equal:
-            warnings.warn(f"{name}: dropped {empty + equal} of {len(faults)} rows, {empty} with an "
-                          f"empty answer and {equal} with two equal answers", stacklevel=4)
+            first = next(i for i, fault in enumerate(faults) if fault)
+            warnings.warn(f"{name}: dropped {empty + equal} of {len(faults)} rows, row {first} the "
+                          f"first, {empty} with an empty prompt or answer and {equal} with two "
+                          "equal answers", stacklevel=4)
             rows = rows.select([i for i, fault in enumerate(faults) if not fault])
+        if any(truncated):
+            limit = "max_target_length" if self.is_encoder_decoder else "max_length"
+            warnings.warn(f"{name}: truncated {sum(truncated)} of {len(faults)} rows, row "
+                          f"{truncated.index(True)} the first, to {limit}={getattr(self, limit)} "
+                          f"and max_prompt_length={self.max_prompt_length}; a truncated answer has "
+                          "no end token", stacklevel=4)
         if len(rows) == 0:
             raise InputError(f"{name} has no rows to learn from")
-        return rows.remove_columns("fault")
+        return rows.remove_columns(["fault", "is_truncated"])
 
     def build_tokenized_answer(self, prompt, answer):
         """Tokenize a prompt and its answer as one text, without BOS and EOS, and split the ids.
@@ -690,6 +704,7 @@ class DPOTrainer(Trainer):
         if not self.precompute_ref_log_probs or self.reference_free or dataset is None:
             return dataset
         if set(REFERENCE_COLUMNS) <= set(dataset.column_names):
+            self.starts_at_reference = False  # they may be another model's
             return dataset
         has_reference = self.ref_model is not None or self.is_peft_model
         if self.state.global_step and not has_reference:
@@ -746,6 +761,10 @@ class DPOTrainer(Trainer):
     # ------------------------------------------------------------------ metrics and samples
     def add_to_log(self, metrics, pairs):
         """Add the metrics of a micro-batch, means over its pairs, to those of the next log."""
+        if self.starts_at_reference and self.state.global_step == 0 and not self.metric_sums:
+            rewards, logps = (torch.stack([metrics[f"{kind}/{side}"] for side in SIDES])
+                              for kind in ("rewards", "logps"))
+            common.warn_of_noise(rewards / self.beta, logps, allowed=0.002)  # means hide much
         metrics = {**metrics, "pairs": torch.ones_like(metrics["rewards/chosen"])}
         for name, mean in metrics.items():
             self.metric_sums[name] = self.metric_sums.get(name, 0) + mean * pairs
@@ -762,6 +781,7 @@ class DPOTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluate a batch. Returns its loss, the rewards [B, 2] of both answers, and 0 [B]."""
+        inputs["input_ids"] = inputs["prompt_input_ids"]  # for include_for_metrics
         with torch.no_grad():
             losses, metrics = self.pair_losses(model, inputs)
         metrics = {**metrics, "loss": losses}
@@ -792,14 +812,22 @@ class DPOTrainer(Trainer):
         and the number of their pairs on all ranks."""
         if isinstance(batch, int):
             batches, _ = super().get_batch_samples(model, batch, device)
+            for micro_batch in batches:  # Trainer counts tokens and operations under these names
+                self.add_input_names(micro_batch)
             pairs = sum(len(micro_batch["chosen_labels"]) for micro_batch in batches)
             return batches, self.accelerator.reduce(torch.tensor(float(pairs), device=device))
-        prompts = self.tokenizer.batch_decode(batch["prompt_input_ids"], skip_special_tokens=True)
-        return tuple([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        prompts, is_encoder_decoder = batch["prompt_input_ids"], self.is_encoder_decoder
+        return tuple(common.join_texts(self.tokenizer, prompts, answers, is_encoder_decoder)
                      for answers in self.sample_both(model, batch))
 
+    def add_input_names(self, batch):
+        """Add the inputs of both answers to a collated batch, under the names of all models."""
+        sides = ["prompt"] * 2 if self.is_encoder_decoder else ["chosen", "rejected"]
+        for kind in ("input_ids", "attention_mask"):
+            batch[kind] = torch.cat([batch[f"{side}_{kind}"].flatten() for side in sides])
+
     def sample_both(self, model, batch):
-        """Sample an answer per prompt of the policy, and of the reference if it is there still."""
+        """Sample an answer (ids) per prompt of the policy, and of the reference if it is there."""
         answers = [self.sample(model, batch)]
         is_there = self.ref_model is not None and not self.precompute_ref_log_probs
         if self.reference_adapter or is_there:
@@ -809,17 +837,20 @@ class DPOTrainer(Trainer):
 
     @torch.no_grad()
     def sample(self, model, batch):
-        """Sample an answer per prompt of a collated batch, as texts."""
+        """Sample an answer per prompt of a collated batch. Returns token ids [B, T].
+
+        An answer ends with an end token of the tokenizer, its chat template or the model."""
         ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]
         first, max_new_tokens = ids.shape[1], max(self.max_length - ids.shape[1], 1)
         if self.is_encoder_decoder:
             first, max_new_tokens = 1, self.max_target_length
         model = self.accelerator.unwrap_model(model)
+        end_ids = common.end_token_ids(self.tokenizer, model.generation_config.eos_token_id)
         with unsharded(model), self.accelerator.autocast():
             output = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id)
-        return self.tokenizer.batch_decode(output[:, first:], skip_special_tokens=True)
+                pad_token_id=self.tokenizer.pad_token_id, eos_token_id=[*end_ids] or None)
+        return output[:, first:]
 
     def collate_prompts(self, dataset, numbers):
         """Collate these rows of a tokenized dataset, with a text per prompt to show in samples."""
@@ -836,9 +867,10 @@ class DPOTrainer(Trainer):
         numbers = random.Random(step).sample(range(len(dataset)), number)
         batch, prompts = self.collate_prompts(dataset, numbers)
         with torch.random.fork_rng():  # training draws the same numbers with and without samples
-            answers = self.sample_both(self.model, batch)
+            samples = self.sample_both(self.model, batch)
         if not self.is_world_process_zero():
             return
+        answers = [self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in samples]
         columns = ["prompt", "policy", "reference"][:1 + len(answers)]
         table = [list(row) for row in zip(prompts, *answers, strict=True)]
         for callback in self.callback_handler.callbacks:
@@ -852,13 +884,6 @@ class DPOTrainer(Trainer):
             for row in table:
                 row = dict(zip(columns, row, strict=True))
                 file.write(json.dumps({"update": step, **row}) + "\n")
-
-
-def map_sets(function, datasets, *args):
-    """Apply a function to a dataset, or to each of a dict of datasets."""
-    if isinstance(datasets, dict):
-        return {name: function(dataset, *args) for name, dataset in datasets.items()}
-    return function(datasets, *args)
 
 
 # ----------------------------------------------------------------------------- checks
@@ -926,8 +951,7 @@ def load_model(model, is_encoder_decoder=None, kwargs=None):
         return model
     with explain(f"model {model} can't be loaded"):
         if is_encoder_decoder is None:
-            config = AutoConfig.from_pretrained(common.base_of(str(model)))
-            is_encoder_decoder = config.is_encoder_decoder
+            is_encoder_decoder = common.load_config(str(model), **(kwargs or {})).is_encoder_decoder
         auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         return common.load_pretrained(auto_class, str(model), True, **(kwargs or {}))
 
@@ -945,33 +969,38 @@ def count_common(first, second):
 def split_row(row):
     """Return a row's prompt, chosen and rejected answer: three texts, or three lists of messages.
 
-    A text prompt of messages is the user's turn. If the answers are whole conversations, the prompt
-    is the messages that both begin with."""
+    The prompt of a chat is the messages with which both conversations begin; a text prompt is the
+    user's turn. Raises InputError."""
     prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         return prompt, chosen, rejected
-    if isinstance(prompt, str) and prompt:
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = prompt or []
-    start = len(prompt)
-    if chosen[:start] == prompt and rejected[:start] == prompt:
-        longest = max(min(len(chosen), len(rejected)) - 1, 0)  # an answer has a message at least
-        start = min(count_common(chosen, rejected), longest)
-        prompt, chosen, rejected = chosen[:start], chosen[start:], rejected[start:]
+    chosen, rejected = join_chat(prompt, chosen), join_chat(prompt, rejected)
+    longest = max(min(len(chosen), len(rejected)) - 1, 0)  # an answer has a message at least
+    start = min(same_messages(chosen, rejected), longest)
+    firsts = chosen[start:start + 1] + rejected[start:start + 1]
+    if [message["role"] for message in firsts] != ["assistant", "assistant"]:
+        raise InputError(f"chosen, rejected: from message {start} on they are not two answers of "
+                         "the assistant to one prompt; correct the row or remove it")
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def render_row(row, tokenizer):
+    """Return a row's prompt, chosen and rejected answer as texts. Raises InputError.
+
+    Chats go through the tokenizer's template, see split_chat."""
+    prompt, chosen, rejected = split_row(row)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompts, answers = zip(*(split_chat(tokenizer, prompt, answer, row)
+                                 for answer in (chosen, rejected)), strict=True)
+        # a template may write more before one answer than before the other (an empty thought)
+        prompt = os.path.commonprefix(prompts)
+        chosen, rejected = (start[len(prompt):] + answer
+                            for start, answer in zip(prompts, answers, strict=True))
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(text, str):
+            raise InputError(f"{name}={text!r}: not a text; give three texts, or three lists of "
+                             "chat messages")
     return prompt, chosen, rejected
-
-
-def render_chat(prompt, chosen, rejected, tokenizer):
-    """Render three lists of messages as texts, with the tokenizer's chat template."""
-    start = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    texts = []
-    for answer in (chosen, rejected):
-        text = tokenizer.apply_chat_template(prompt + answer, tokenize=False)
-        without_space = text.rstrip()  # templates add a new line after EOS
-        is_ended = without_space.endswith(tokenizer.eos_token or "\n")
-        texts.append(without_space if is_ended else text)
-    start = os.path.commonprefix([start, *texts])
-    return start, *(text[len(start):] for text in texts)
 
 
 def split_tokens(prompt, answers, tokenizer):
@@ -996,49 +1025,44 @@ def truncate_prompt(ids, length, mode, bos_token_id):
     return ids[:first] + ids[len(ids) - length + first:]
 
 
-def truncate_answer(ids, length, eos_token_id):
-    """Keep the first tokens of an answer, and its EOS."""
-    if len(ids) > length and ids[-1] == eos_token_id:
-        return ids[:length - 1] + [eos_token_id]
-    return ids[:length]
-
-
 def tokenize_pair(row, tokenizer, is_encoder_decoder=False, max_length=512, max_prompt_length=None,
                   max_target_length=128, truncation_mode="keep_end", label_pad_token_id=-100):
     """Tokenize {"prompt", "chosen", "rejected"}. Returns lists of ints. Raises InputError.
 
     They are {chosen,rejected}_{input_ids,attention_mask,labels} and prompt_{input_ids,
     attention_mask}; of an encoder-decoder the answers are labels only. Labels of the prompt are
-    label_pad_token_id. BOS opens the prompt and EOS ends an answer, if the tokenizer has them.
+    label_pad_token_id. BOS opens a text if the tokenizer writes it, EOS ends its answers; a chat's
+    template writes both itself. An empty prompt is BOS or EOS, behind which answers begin.
     Long rows: the prompt is truncated to max_prompt_length (None: to what the longer answer leaves,
     at least half of max_length), then the answers to the rest of max_length."""
-    prompt, chosen, rejected = split_row(row)
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        prompt, chosen, rejected = render_chat(prompt, chosen, rejected, tokenizer)
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(text, str):
-            raise InputError(f"{name}={text!r}: not a text; give three texts, or three lists of "
-                             "chat messages")
-    if is_encoder_decoder:
-        def encode(text, length):  # with the tokenizer's own special tokens, also if truncated
-            return tokenizer(text, truncation=True, max_length=length, verbose=False).input_ids
-
-        ids = encode(prompt, max_prompt_length or max_length)
-        return {"prompt_input_ids": ids, "prompt_attention_mask": [1] * len(ids),
-                "chosen_labels": encode(chosen, max_target_length),
-                "rejected_labels": encode(rejected, max_target_length)}
+    is_text = isinstance(row.get("chosen"), str)
+    prompt, *answers = render_row(row, tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    prompt, answers = split_tokens(prompt, [chosen, rejected], tokenizer)
-    if bos is not None and prompt[:1] != [bos]:
-        prompt = [bos] + prompt
-    if eos is not None:
-        answers = [ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
-    if max_prompt_length is None:
-        max_prompt_length = max(max_length - max(map(len, answers)), max_length // 2)
-    prompt = truncate_prompt(prompt, max_prompt_length, truncation_mode, bos)
-    tokens = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    if is_encoder_decoder:  # its tokenizer's special tokens
+        settings = {"add_special_tokens": is_text, "verbose": False}
+        full_prompt = tokenizer(prompt, **settings).input_ids
+        prompt = tokenizer(prompt, **settings, truncation=True,
+                           max_length=max_prompt_length or max_length).input_ids
+        answers = [tokenizer(answer, **settings).input_ids for answer in answers]
+        room = max_target_length
+    else:
+        full_prompt, answers = split_tokens(prompt, answers, tokenizer)
+        if is_text and full_prompt[:1] != [bos] and tokenizer("").input_ids[:1] == [bos]:
+            full_prompt = [bos] + full_prompt
+        if is_text and eos is not None:
+            answers = [ids if ids[-1:] == [eos] else ids + [eos] for ids in answers]
+        if max_prompt_length is None:
+            max_prompt_length = max(max_length - max(map(len, answers)), max_length // 2)
+        prompt = truncate_prompt(full_prompt, max_prompt_length, truncation_mode, bos)
+        prompt = prompt or [token for token in (bos, eos) if token is not None][:1]
+        room = max_length - len(prompt)
+    tokens = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt),
+              "is_truncated": len(prompt) < len(full_prompt) or max(map(len, answers)) > room}
     for name, ids in zip(("chosen", "rejected"), answers, strict=True):
-        ids = truncate_answer(ids, max_length - len(prompt), eos)
+        ids = ids[:room]
+        if is_encoder_decoder:
+            tokens[f"{name}_labels"] = ids
+            continue
         tokens[f"{name}_input_ids"] = prompt + ids
         tokens[f"{name}_attention_mask"] = [1] * len(prompt + ids)
         tokens[f"{name}_labels"] = [label_pad_token_id] * len(prompt) + ids
@@ -1048,12 +1072,20 @@ def tokenize_pair(row, tokenizer, is_encoder_decoder=False, max_length=512, max_
 def prepare_row(row, number, tokenizer, **settings):
     """Tokenize a row. Returns its tokens, the helper columns, and its fault: empty, equal or ""."""
     with explain(f"row {number} can't be tokenized"):
-        tokens = tokenize_pair(row, tokenizer, **settings)
+        try:
+            tokens = tokenize_pair(row, tokenizer, **settings)
+        except InputError as error:
+            raise InputError(f"row {number}: {error}") from error
         tokens["shown_prompt"] = text_to_show(split_row(row)[0], tokenizer)
-    tokens["length"] = len(tokens["chosen_labels"]) + len(tokens["rejected_labels"])
-    no_answer = {settings["label_pad_token_id"], tokenizer.eos_token_id, tokenizer.bos_token_id}
-    tokens["fault"] = "equal" if tokens["chosen_labels"] == tokens["rejected_labels"] else ""
-    if any(no_answer.issuperset(tokens[f"{name}_labels"]) for name in ("chosen", "rejected")):
+    labels = [tokens["chosen_labels"], tokens["rejected_labels"]]
+    tokens["length"] = sum(map(len, labels))
+    answers = [[token for token in ids if token != settings["label_pad_token_id"]]
+               for ids in labels]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    tokens["fault"] = "equal" if labels[0] == labels[1] else ""
+    if not all(text.strip() for text in texts):
+        tokens["fault"] = "empty"
+    if not tokens["prompt_input_ids"]:  # nothing predicts the first token of an answer
         tokens["fault"] = "empty"
     return tokens
 
@@ -1096,7 +1128,8 @@ def show_samples(trainer, title):
     batch, prompts = trainer.collate_prompts(rows, range(min(8, len(rows))))
     with torch.random.fork_rng():
         torch.manual_seed(trainer.args.seed)
-        answers = trainer.sample(trainer.model, batch)
+        ids = trainer.sample(trainer.model, batch)
+    answers = trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
     if trainer.is_world_process_zero():
         common.log_samples(trainer.args.output_dir, title, [
             {"update": trainer.state.global_step, "prompt": prompt, "policy": answer}
@@ -1109,11 +1142,9 @@ def main(config: DPOConfig):
     Returns the metrics of the last evaluation, or of the training if there is none."""
     out, checkpoint = common.start_run(config)
     tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "model"), config.torch_dtype)
+        config.model_name or str(TOY / "model"), **common.loading_arguments(config))
     common.use_few_threads(model)
     pairs, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
-    if config.beta is None and config.model_name is None:
-        config.beta = 3.0  # so small a model, moved further, forgets its grammar
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, eval_dataset=held_out,
                          tokenizer=tokenizer, callbacks=[common.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
@@ -1135,4 +1166,8 @@ def main(config: DPOConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, DPOConfig)
+    # beta: so small a model, moved further, forgets its grammar
+    common.run(main, DPOConfig, own="--gradient-accumulation-steps 32",
+               lora="--torch-dtype bfloat16",
+               toy="--beta 3 --num-train-epochs 8 --per-device-train-batch-size 32 "
+                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

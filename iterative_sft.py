@@ -85,27 +85,27 @@ IGNORE = -100  # the label of a token that is not trained on
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class IterativeSFTConfig(TrainingArguments):
+class IterativeSFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
     """Extend TrainingArguments: first its fields that have other defaults here, then our own.
 
     Sizes are per process."""
 
     output_dir: Optional[str] = "runs/iterative_sft"
     """Output folder."""
-    learning_rate: float = 1e-4
-    """AdamW's learning rate; a large model needs about 1e-5."""
-    per_device_train_batch_size: int = 32
-    """Rows per forward and backward pass."""
-    num_train_epochs: float = 80
-    """Rounds of sampling and fine-tuning. max_steps may end the run sooner."""
+    learning_rate: float = 1e-5
+    """AdamW's learning rate; of the toy model and, in the script, of a LoRA 1e-4."""
+    per_device_train_batch_size: int = 8
+    """Rows per forward and backward pass; of the toy model 32."""
+    per_device_eval_batch_size: int = 2
+    """Rows per evaluation pass; of the toy model 8."""
+    num_train_epochs: float = 20
+    """Rounds of sampling and fine-tuning, unless max_steps ends them; of the toy model 80."""
     lr_scheduler_type: str = "constant"
     """Learning rate schedule."""
     logging_steps: float = 1
     """Optimizer steps per line of metrics.jsonl; each round adds a line for its scores."""
     save_steps: float = 20
     """Optimizer steps between checkpoints, rounded up to whole rounds."""
-    save_total_limit: Optional[int] = 1
-    """Number of checkpoints to keep. None: all."""
     report_to: Optional[str] = "none"
     """Trackers in addition to metrics.jsonl: tensorboard, wandb, ..."""
 
@@ -127,7 +127,7 @@ class IterativeSFTConfig(TrainingArguments):
     query_dataset: Optional[str] = None
     """Prompts: a file, a folder or a hub name. None: the toy prompts."""
     reward_model: Optional[str] = None
-    """Sequence classifier (hub name, folder) or file.py:function. None: the toy reward."""
+    """Classifier (hub name or folder), or file.py:function, see docs/ppo.md. None: the toy's."""
     eval_dataset: Optional[str] = None
     """Rows (text or input_ids) for the evaluation loss. None: no evaluation."""
     reward_label: Optional[str] = None
@@ -138,16 +138,16 @@ class IterativeSFTConfig(TrainingArguments):
     """n: responses per prompt."""
     num_best: int = 1
     """Responses per prompt to train on: those with the highest scores."""
-    max_new_tokens: int = 24
-    """Maximum length of a response, in tokens."""
+    max_new_tokens: int = 128
+    """Maximum length of a response, in tokens; of the toy model 24."""
     max_query_length: Optional[int] = None
     """Truncate prompts to this many tokens. None: no truncation."""
     temperature: float = 1.0
     """Temperature of sampling; higher gives more different responses to choose from."""
-    generation_batch_size: int = 256
-    """Responses per batch in sampling."""
+    generation_batch_size: int = 64
+    """Responses per batch in sampling; of the toy model 256."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; bfloat16 only for LoRA's base model."""
+    """Type of the weights; the script loads LoRA's base model in bfloat16."""
 
     def __post_init__(self):
         check_ranges(self, {
@@ -175,7 +175,7 @@ class IterativeSFTConfig(TrainingArguments):
 def train_round(trainer, reward, prompts):
     """Run one round of best-of-n fine-tuning. Returns its statistics over all ranks.
 
-    reward: (texts, metadata) -> a list of scalar tensors. prompts: rows of `load_prompts`."""
+    reward: of `load_reward`. prompts: rows of `load_prompts`."""
     config = trainer.args
     # a call of `step` is an epoch: this many rounds are finished
     finished_rounds = int(trainer.state.epoch)
@@ -426,9 +426,10 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         if self.max_length is not None and self.max_length < shortest:
             raise InputError(f"max_length={self.max_length}: it leaves nothing to train on; give "
                              f"{shortest} or more")
+        peft_config = None
         if getattr(args, "lora_r", 0):
-            task = "SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM"
-            model = common.with_adapter(model, common.lora_config(args, task), args.seed)
+            peft_config = common.lora_config(args, "SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM")
+        model = common.prepare_training(model, peft_config, args.seed)
         self.tokenizer = tokenizer
         self.text_tokenizer = copy.deepcopy(tokenizer)
         if tokenizer is not None:  # the copy truncates, the caller's keeps its own side
@@ -798,15 +799,13 @@ def sample_responses(trainer, prompts, n):
 
 
 def score_responses(trainer, reward, prompts, responses):
-    """Score n responses to each of P prompts, [P, n]. Raises InputError.
-
-    The reward reads prompt and response as one text."""
+    """Score n responses to each of P prompts, [P, n]. Raises InputError."""
     repeated = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
-    texts = common.join_texts(
-        trainer.tokenizer, [prompt["input_ids"] for prompt in repeated],
-        [response for group in responses for response in group], trainer.seq2seq)
-    scores = reward(texts, [prompt["metadata"] for prompt in repeated])
-    for value, text in zip(scores, texts, strict=True):
+    columns = {name: [prompt[name] for prompt in repeated] for name in repeated[0]}
+    flat = [response for group in responses for response in group]
+    inputs = common.reward_inputs(trainer.tokenizer, columns, flat, trainer.seq2seq)
+    scores = reward(**inputs)
+    for value, text in zip(scores, inputs["texts"], strict=True):
         if not math.isfinite(value):
             raise InputError(f"reward_model gives {value.item()} to {text!r}: scores must be "
                              "finite; check the reward function")
@@ -857,12 +856,14 @@ def main(config: IterativeSFTConfig):
     out, checkpoint = common.start_run(config)
     has_card = (out / "README.md").exists()  # the model card is written last
     tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "model"), config.torch_dtype)
+        config.model_name or str(TOY / "model"), **common.loading_arguments(config))
     common.use_few_threads(model)
     longest = common.longest_prompt(model, config.max_new_tokens)
-    prompts = common.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
-                                  config.max_query_length, longest)
-    held_out = common.load_rows(config.eval_dataset) if config.eval_dataset else None
+    dataset = config.query_dataset or TOY / "prompts.jsonl"
+    prompts = common.load_prompts(
+        dataset, tokenizer, config.max_query_length, longest,
+        split=config.dataset_split, config=config.dataset_config)
+    held_out = common.load_eval_rows(config, dataset)
     config = copy.copy(config)
     config.max_steps, config.save_steps = plan_steps(config)
     trainer = IterativeSFTTrainer(model, config, tokenizer, eval_dataset=held_out,
@@ -871,7 +872,8 @@ def main(config: IterativeSFTConfig):
     for row in held_out or []:
         trainer.evaluation_batch([row])  # find a bad row before the training
     reward = common.load_reward(config.reward_model or TOY / "reward", config.reward_label,
-                                trainer.args.device)
+                                trainer.args.device,
+                                trust_remote_code=config.trust_remote_code)
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
         has_ended = trainer.state.global_step >= config.max_steps
@@ -902,4 +904,8 @@ def main(config: IterativeSFTConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, IterativeSFTConfig)
+    common.run(main, IterativeSFTConfig, own="--gradient-accumulation-steps 4",
+               lora="--learning-rate 1e-4 --torch-dtype bfloat16",
+               toy="--learning-rate 1e-4 --num-train-epochs 80 --max-new-tokens 24 "
+                   "--per-device-train-batch-size 32 --per-device-eval-batch-size 8 "
+                   "--generation-batch-size 256 --no-gradient-checkpointing")

@@ -59,7 +59,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 import common
 from common import (
@@ -88,7 +88,7 @@ HIDDEN = tyro.conf.Suppress
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class PPOConfig:
+class PPOConfig(common.LoadingFlags):
     """List the settings of PPO. Sizes are per process unless they say global."""
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
@@ -104,7 +104,7 @@ class PPOConfig:
     query_dataset: Optional[str] = None
     """Prompts: a file, a folder or a hub name. None: the toy prompts."""
     reward_model: Optional[str] = None
-    """Classifier (hub name, folder), or file.py:function of (texts, metadata). None: the toy's."""
+    """Classifier (hub name or folder), or file.py:function, see docs/ppo.md. None: the toy's."""
     remove_unused_columns: bool = True
     """Leave the dataset's other columns out of the batch; a reward's metadata has them."""
     tracker_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class PPOConfig:
     steps: int = 20000
     """Length of the run in samples (prompt and response), global."""
     learning_rate: float = 1e-5
-    """Adam's learning rate."""
+    """Adam's learning rate; in the script, of a LoRA 1e-4."""
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient to target. False: keep it at init_kl_coef."""
     init_kl_coef: float = 0.2
@@ -146,7 +146,7 @@ class PPOConfig:
     forward_batch_size: Optional[int] = None
     """Old name of mini_batch_size."""
     mini_batch_size: int = 1
-    """Samples per forward and backward pass."""
+    """Samples per forward and backward pass; in the script, of your own model 8."""
     gradient_accumulation_steps: int = 1
     """Minibatches per optimizer step."""
     world_size: Annotated[Optional[int], HIDDEN] = None
@@ -193,20 +193,28 @@ class PPOConfig:
     """A checkpoint, or the output folder of a killed run (its last checkpoint)."""
     save_freq: int = 10
     """Write a checkpoint every this many updates."""
+    dataset_split: Optional[str] = None
+    """Split of the prompts. None: train, or the only one."""
+    dataset_config: Optional[str] = None
+    """Configuration of a dataset that has several, such as main of gsm8k."""
     max_new_tokens: int = 24
-    """Maximum length of a response, in tokens."""
+    """Maximum length of a response, in tokens; of your own model 128."""
     max_query_length: Optional[int] = None
     """Truncate prompts to this many tokens. None: no truncation."""
     temperature: float = 1.0
     """Temperature of sampling and of all log-probabilities."""
     generation_batch_size: int = 256
-    """Prompts per batch in sampling."""
+    """Prompts per batch in sampling; of your own model 64."""
     missing_eos_penalty: Optional[float] = None
     """Subtract this from the score of a response without an end. None: nothing."""
     reward_label: Optional[str] = None
     """Label (name or number) of the reward classifier whose logit is the score."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the policy's weights; bfloat16 only for LoRA's base model."""
+    """Type of the policy's weights; the script loads LoRA's base model in bfloat16."""
+    bf16: bool = False
+    """Compute in bfloat16 (mixed precision); the type of the weights stays torch_dtype."""
+    use_cpu: bool = False
+    """Compute on the CPU even if there is a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     lora_r: int = 0
@@ -416,6 +424,7 @@ class PPOTrainer(LoopTrainer):
         """Compute old and reference log-probabilities, values, mask and KL penalties [B, L].
 
         Without gradient, in batches of similar length."""
+        self.policy.eval()  # as it samples, and as the reference is; `step` trains it after this
         is_full = self.config.kl_penalty == "full"
         lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         results = [None] * len(queries)
@@ -611,6 +620,8 @@ class PPOTrainer(LoopTrainer):
         self.make_accelerator(model)
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers has no effect with a ref_model", stacklevel=2)
+        common.prepare_training(model.pretrained_model)
+        common.refuse_virtual_tokens(model.pretrained_model)
         self.ref_model = self.make_reference(model, ref_model, num_shared_layers)
         common.disable_dropout(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -642,7 +653,8 @@ class PPOTrainer(LoopTrainer):
     def make_accelerator(self, model):
         """Make the accelerator, and fill in the fields of config that depend on it or the model."""
         config = self.config
-        self.start_accelerator({"project_dir": config.output_dir},
+        self.start_accelerator({"project_dir": config.output_dir}, cpu=config.use_cpu,
+                               mixed_precision="bf16" if config.bf16 else None,
                                step_scheduler_with_optimizer=False)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError("distributed_type=DEEPSPEED (accelerate's configuration): PPO does "
@@ -823,6 +835,11 @@ class PPOTrainer(LoopTrainer):
     # ------------------------------------------------------------------ statistics
     def record_step_stats(self, kl_coef, **data):
         """Collect a step's statistics over all ranks. data: see the call in `step`."""
+        if self.current_step == 0:  # nothing has moved before the first minibatch
+            first = data["train_stats"][0]
+            ratio = first["policy/ratio"][first["mask"] > 0]
+            common.warn_of_noise(ratio.log(), data["logprobs"][data["masks"] > 0],
+                                 allowed=0.02)  # bfloat16 rounds batches of other widths otherwise
         mask = data["masks"]
         log_ratio = (data["logprobs"] - data["ref_logprobs"]) * mask
         vectors = self.gather_stats({
@@ -1061,38 +1078,38 @@ def load_policy(config):
     """Load the tokenizer and the model with its value head. Raises InputError."""
     name = config.model_name or str(TOY / "model")
     with common.explain(f"model_name {name} can't be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        seq2seq = AutoConfig.from_pretrained(common.base_of(name)).is_encoder_decoder
+        loading = common.loading_arguments(config)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **common.hub_arguments(loading, "trust_remote_code"))
+        seq2seq = common.load_config(name, **loading).is_encoder_decoder
         auto = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
         lora = common.lora_config(config, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
         model = auto.from_pretrained(name, peft_config=lora, is_trainable=True,
-                                     require_v_head=False, dtype=config.torch_dtype)
+                                     require_v_head=False, **loading)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return tokenizer, model
 
 
-def rollout(trainer, reward, queries, metadata=None):
-    """Sample one response per query and score it. Returns responses, their texts, and scores."""
+def rollout(trainer, reward, batch):
+    """Sample one response per prompt and score it. Returns responses, their texts, and scores."""
     config, tokenizer = trainer.config, trainer.tokenizer
-    responses = trainer.generate(queries, batch_size=config.generation_batch_size,
+    responses = trainer.generate(batch["input_ids"], batch_size=config.generation_batch_size,
                                  return_prompt=False, do_sample=True,
                                  max_new_tokens=config.max_new_tokens)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    whole = common.join_texts(tokenizer, queries, responses, config.is_encoder_decoder)
-    scores = reward(whole, metadata)
+    inputs = common.reward_inputs(tokenizer, batch, responses, config.is_encoder_decoder)
+    scores = reward(**inputs)
     if config.missing_eos_penalty is not None:
         ends = common.end_token_ids(tokenizer, trainer.policy.generation_config.eos_token_id)
         for i, response in enumerate(responses):
             if response[-1].item() not in ends:
                 scores[i] = scores[i] - config.missing_eos_penalty
-    return responses, texts, scores
+    return responses, inputs["responses"], scores
 
 
 def show_samples(trainer, reward, rows, title):
     """Print and keep the policy's responses to a few prompts."""
-    queries = [torch.tensor(row["input_ids"]) for row in rows]
-    _, texts, scores = rollout(trainer, reward, queries, [row["metadata"] for row in rows])
+    _, texts, scores = rollout(trainer, reward, collate(rows))
     if trainer.accelerator.is_main_process:
         common.log_samples(trainer.config.output_dir, title, [
             {"update": trainer.current_step, "query": row["shown"], "response": text,
@@ -1113,10 +1130,12 @@ def main(config: PPOConfig):
     longest = common.longest_prompt(model, config.max_new_tokens)
     dataset = common.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
                                   config.max_query_length, longest,
-                                  keep_columns=not config.remove_unused_columns)
+                                  keep_columns=not config.remove_unused_columns,
+                                  split=config.dataset_split, config=config.dataset_config)
     trainer = PPOTrainer(config, model, None, tokenizer, dataset)
     reward = common.load_reward(config.reward_model or TOY / "reward", config.reward_label,
-                                trainer.accelerator.device)
+                                trainer.accelerator.device,
+                                trust_remote_code=config.trust_remote_code)
     log = None
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
@@ -1124,6 +1143,8 @@ def main(config: PPOConfig):
         show_samples(trainer, reward, dataset[:8], "before training")
     if trainer.accelerator.is_main_process:
         log = common.MetricsFile(out / "metrics.jsonl", trainer.current_step)
+        if checkpoint:  # samples of later updates will be drawn again
+            common.MetricsFile(out / "samples.jsonl", trainer.current_step)
 
     stats = {}
     bar = tqdm(total=config.total_ppo_epochs, initial=trainer.current_step, unit="update",
@@ -1133,11 +1154,9 @@ def main(config: PPOConfig):
         trainer.dataloader.sampler.set_epoch(epoch)
         for batch in islice(trainer.dataloader, done, None):
             bar.set_description("sampling")
-            queries = batch["input_ids"]
-            responses, batch["response"], scores = rollout(
-                trainer, reward, queries, batch["metadata"])
+            responses, batch["response"], scores = rollout(trainer, reward, batch)
             bar.set_description("learning")
-            stats = trainer.step(queries, responses, scores)
+            stats = trainer.step(batch["input_ids"], responses, scores)
             trainer.log_stats(stats, batch, scores)
             if log:
                 log.write({"update": trainer.current_step, **split_stats(stats)[0]})
@@ -1156,4 +1175,5 @@ def main(config: PPOConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, PPOConfig)
+    common.run(main, PPOConfig, lora="--learning-rate 1e-4 --torch-dtype bfloat16",
+               own="--mini-batch-size 8 --max-new-tokens 128 --generation-batch-size 64")

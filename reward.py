@@ -18,8 +18,7 @@ with the pair's margin m, the fraction eps of pairs labeled the wrong way round
 (`label_smoothing_factor`), and the weight lambda of the centering (`center_rewards_coefficient`).
 By default all three are 0, and L = -log sigmoid(r_c - r_r). (The margin keeps its sign in the eps
 term.) L depends on differences only, so any function of the prompt can be added to the scores; the
-centering pins it. Texts are scored as they are given: write an end token into them if the judged
-texts have one.
+centering pins it. Texts are scored as they are given, chats as their template writes them.
 
 transformers.Trainer calls `compute_loss`. Per optimizer step it does
 
@@ -36,12 +35,13 @@ it.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. Pairs of similar length go through the model together, padded on the right, with both texts
      of a pair next to each other.
-  2. A decoder's score is read at the last token under the mask, even if the end token pads.
+  2. Padding is a token that ends no text (see common.prepare_classifier_tokenizer), so training and
+     use read a decoder's score at the same last token, also of texts that end with the end token.
   3. Each pair has its own margin. TRL subtracts margins [B] from differences [B, 1], which compares
      each pair with all margins. Ties count neither as right nor as wrong.
-  4. Rows may be texts or chats, and `max_length` truncates them. Rewards, accuracy and
-     `rewards/margins` (TRL's name for the mean of r_c - r_r) are logged in training too, over all
-     ranks.
+  4. Rows may be texts or chats; the last `max_length` tokens of longer ones are kept. Rewards,
+     accuracy and `rewards/margins` (TRL's name for the mean of r_c - r_r) are logged in training
+     too, over all ranks.
   5. A gradient is the mean over all pairs of the optimizer step, however they are split into
      micro-batches and ranks.
   6. LoRA trains with gradient checkpointing, and its adapter is saved with the head.
@@ -66,8 +66,6 @@ from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
     ProgressCallback,
     Trainer,
     TrainingArguments,
@@ -81,13 +79,14 @@ from common import (
     check_finite,
     check_ranges,
     explain,
+    join_chat,
+    judged_ids,
     read_settings,
 )
 
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
 FORWARD_PASSES = 4  # per micro-batch: four groups of similar length need less padding than one
-NO_LIMIT = 10**9
 
 
 # =============================================================================
@@ -96,15 +95,15 @@ NO_LIMIT = 10**9
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class RewardConfig(RetiredArguments, TrainingArguments):
+class RewardConfig(common.TrainerFlags, common.LoadingFlags, RetiredArguments, TrainingArguments):
     """List the settings of reward modeling, after transformers.TrainingArguments.
 
     Sizes are per process. Fields that transformers 5 has retired still mean what they meant."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, more time."""
+    save_total_limit: Optional[int] = None
+    """Number of checkpoints to keep. None: all."""
     max_length: Optional[int] = None
-    """Truncate texts to this many tokens. None: the limit of tokenizer and model."""
+    """Keep this many last tokens of a text. None: the limit of tokenizer and model."""
     label_smoothing_factor: float = 0.0
     """eps: fraction of pairs assumed to be labeled the wrong way round, 0 to 0.5."""
 
@@ -122,7 +121,7 @@ class RewardConfig(RetiredArguments, TrainingArguments):
     eval_dataset: Optional[str] = None
     """Held-out pairs. None: the toy's test pairs with the toy pairs, else no evaluation."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights; bfloat16 only for LoRA's base model."""
+    """Type of the weights; the script loads LoRA's base model in bfloat16."""
     lora_r: int = 0
     """Rank of a fresh LoRA adapter on all linear layers. 0: train all weights."""
     lora_alpha: int = 16
@@ -140,44 +139,39 @@ class RewardConfig(RetiredArguments, TrainingArguments):
         common.replace_retired(self)
         if self.report_to is None:
             self.report_to = "none"
-        # the name in transformers 5; Trainer warns about the old one
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         super().__post_init__()
 
 
 @dataclass
 class ScriptConfig(RewardConfig):
-    """List the script's own defaults of RewardConfig, which suit small models."""
+    """List the script's own defaults of RewardConfig."""
 
     output_dir: Optional[str] = "runs/reward"
     """Output folder."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 2e-3 x sqrt(1e5 / number of parameters)."""
-    weight_decay: float = 1.0
-    """AdamW's weight decay; high, so that a small model does not memorize a few pairs."""
-    per_device_train_batch_size: int = 64
-    """Pairs per micro-batch, per process."""
-    per_device_eval_batch_size: int = 64
-    """Pairs per evaluation batch, per process."""
-    num_train_epochs: float = 16
-    """Passes over the pairs."""
+    """AdamW's learning rate. None: 2e-3 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; of the toy model 1, so that it does not memorize a few pairs."""
+    per_device_train_batch_size: int = 8
+    """Pairs per micro-batch, per process; of the toy model 64."""
+    per_device_eval_batch_size: int = 8
+    """Pairs per evaluation batch, per process; of the toy model 64."""
+    num_train_epochs: float = 1
+    """Passes over the pairs; of the toy model 16."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     logging_steps: float = 10
     """Optimizer steps per line of metrics.jsonl."""
     eval_strategy: str = "epoch"
     """When to evaluate, given an evaluation set: no, steps or epoch."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    save_total_limit: Optional[int] = 1
+    """Number of checkpoints to keep. None: all."""
     remove_unused_columns: bool = False
     """No effect: the columns of pairs and their margin are kept, the others dropped."""
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Shapes: B pairs of a batch, N pairs of an evaluation, n texts, T tokens of the longest text.
+# Shapes: B pairs of a batch, n of a forward pass, N of an evaluation; T tokens of the longest text.
 def preference_loss(chosen, rejected, margin=0.0, smoothing=0.0, centering=0.0):
     """Compute the loss per pair [B] from scores [B] and margins [B] (or one number).
 
@@ -202,22 +196,22 @@ def compute_accuracy(eval_pred):
 
 
 # ----------------------------------------------------------------------------- padding
-def unpad(inputs, side):
-    """Return the texts of one side, a list of B id tensors [length]. Raises InputError."""
-    mask = inputs[f"attention_mask_{side}"].bool()
-    lengths = mask.sum(1).tolist()
-    if min(lengths) == 0:
-        raise InputError(f"attention_mask_{side}=0 (row {lengths.index(0)} of a batch): the text "
+def stack_pairs(inputs, pad_token_id):
+    """Return token ids and mask of a batch's pairs [B, 2, T], and each pair's longest text [B].
+
+    Padding is on the right, whatever the batch's side. Raises InputError for an empty text."""
+    def stack(kind, fill):
+        sides = [inputs[f"{kind}_{side}"].T for side in SIDES]  # pad_sequence pads dimension 0
+        return pad_sequence(sides, padding_value=fill).permute(2, 1, 0)
+
+    mask = stack("attention_mask", 0)
+    ids = stack("input_ids", pad_token_id).masked_fill(mask == 0, pad_token_id)
+    lengths = mask.sum(2).cpu()                                                        # [B, 2]
+    if not lengths.all():
+        raise InputError(f"attention_mask=0 (row {lengths.amin(1).argmin()} of a batch): a text "
                          "has no token; remove the row, or correct its mask")
-    return inputs[f"input_ids_{side}"][mask].split(lengths)
-
-
-def choose_padding(texts, pad_token_id):
-    """Return pad_token_id, or the smallest id that ends no text if one ends with pad_token_id."""
-    last_tokens = torch.stack([text[-1] for text in texts]).tolist()
-    if pad_token_id not in last_tokens:
-        return pad_token_id
-    return min(set(range(len(texts) + 1)) - set(last_tokens))
+    padding_last = mask.argsort(dim=2, descending=True, stable=True)
+    return ids.gather(2, padding_last), mask.gather(2, padding_last), lengths.amax(1)
 
 
 # ----------------------------------------------------------------------------- the update
@@ -271,33 +265,20 @@ class RewardTrainer(Trainer):
         added to all scores leaves the loss unchanged, so the head's bias should get no gradient.
         With both texts of a pair next to each other the two halves cancel without a rounding error,
         which Adam would amplify to a full step."""
-        text_pairs = list(zip(unpad(inputs, "chosen"), unpad(inputs, "rejected"), strict=True))
-        by_length = torch.tensor([max(map(len, pair)) for pair in text_pairs]).argsort()
+        input_ids, attention_mask, lengths = stack_pairs(inputs, self.tokenizer.pad_token_id)
+        by_length = lengths.argsort()
         passes = FORWARD_PASSES
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             passes = 1  # each pass would gather the sharded weights
         scores = []
         for group in by_length.chunk(passes):
-            texts = [text for i in group.tolist() for text in text_pairs[i]]  # c_1, r_1, c_2, ...
-            scores.append(self.score(model, texts).view(-1, 2))
+            longest = lengths[group[-1]]
+            ids = input_ids[group, :, :longest].flatten(0, 1)        # c_1, r_1, c_2, r_2, ...
+            mask = attention_mask[group, :, :longest].flatten(0, 1)
+            logits = model(input_ids=ids, attention_mask=mask).logits                  # [2n, 1]
+            scores.append(logits.view(-1, 2).float())
         back_to_batch = by_length.argsort()  # the inverse permutation: the order of the batch
         return torch.cat(scores)[back_to_batch].unbind(1)
-
-    def score(self, model, texts):
-        """Compute the scores [n] of texts, a list of n id tensors [length], in one forward pass.
-
-        transformers finds a decoder's last token as the last id unequal to config.pad_token_id. If
-        a text ends with that id (often pad = end token), the batch is padded with another."""
-        pad_token_id = choose_padding(texts, self.tokenizer.pad_token_id)
-        input_ids = pad_sequence(texts, batch_first=True, padding_value=pad_token_id)  # [n, T]
-        attention_mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        config = self.model.config.get_text_config()
-        config.pad_token_id = pad_token_id
-        try:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits  # [n, 1]
-        finally:
-            config.pad_token_id = self.tokenizer.pad_token_id  # the one that is saved
-        return logits.squeeze(1).float()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of an optimizer step, and its number of pairs on all ranks.
@@ -322,8 +303,7 @@ class RewardTrainer(Trainer):
 
         model: a sequence classifier with one label, or a PeftModel of one to train further.
         args: a RewardConfig, or plain TrainingArguments; None: RewardConfig's defaults.
-        tokenizer (or processing_class): the model's. Without a pad token it pads with its end
-            token.
+        tokenizer (or processing_class): the model's. A copy pads, with a token that ends no text.
         train_dataset, eval_dataset (or a dict of them): a datasets.Dataset or IterableDataset of
             rows with chosen and rejected, and perhaps prompt (texts or chats), or with the four
             columns of token ids in COLUMNS; and perhaps margin. Other types stay as they are.
@@ -340,7 +320,7 @@ class RewardTrainer(Trainer):
         tokenizer = tokenizer or processing_class
         if tokenizer is None:
             raise InputError("tokenizer=None: RewardTrainer needs the model's tokenizer; pass it")
-        self.tokenizer = common.with_padding(tokenizer)
+        self.tokenizer = common.prepare_classifier_tokenizer(tokenizer)
         self.peft_config = peft_config or common.lora_config(args, "SEQ_CLS")
         self.has_own_collator = data_collator is not None
         if args.remove_unused_columns and not self.has_own_collator:
@@ -358,10 +338,12 @@ class RewardTrainer(Trainer):
             train_dataset=train_dataset, eval_dataset=eval_dataset,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.max_length = self.find_max_length(max_length)
+        common.set_truncation(self.tokenizer, self.max_length)  # use truncates as training does
         self.data_collator = data_collator or RewardDataCollatorWithPadding(
             self.tokenizer, max_length=self.max_length)
         self.train_dataset = self.prepare(train_dataset, "training")
-        self.eval_dataset = self.prepare(eval_dataset, "evaluation")
+        self.eval_dataset = common.map_sets(common.read_stream,
+                                            self.prepare(eval_dataset, "evaluation"))
         # sums over pairs, see sum_pairs
         self.train_sums = torch.zeros(6, device=self.args.device)  # since the last line of the log
         self.eval_sums = torch.zeros(6, device=self.args.device)   # of the evaluation, all ranks
@@ -371,14 +353,15 @@ class RewardTrainer(Trainer):
         if model.config.num_labels != 1:
             raise InputError(f"num_labels={model.config.num_labels} (model): a reward is one "
                              "number; load the model with num_labels=1")
+        common.set_classifier_padding(model, self.tokenizer)
+        peft_config = copy.deepcopy(self.peft_config)
+        if peft_config is not None:
+            peft_config.task_type = "SEQ_CLS"  # the head is trained, and saved with the adapter
+        model = common.prepare_training(model, peft_config, args.seed)
+        common.refuse_virtual_tokens(model)
         if args.learning_rate is None:
             args.learning_rate = common.scale_learning_rate(2e-3, model)
-        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        if self.peft_config is None:
-            return model
-        peft_config = copy.deepcopy(self.peft_config)
-        peft_config.task_type = "SEQ_CLS"  # the head is trained, and saved with the adapter
-        return common.with_adapter(model, peft_config, args.seed)
+        return model
 
     def call_model_init(self, trial=None):
         """Make the model with `model_init`, and prepare it."""
@@ -387,9 +370,8 @@ class RewardTrainer(Trainer):
     def find_max_length(self, max_length):
         """Return the maximum length: the argument or the config's, and what the model takes."""
         settings = read_settings(RewardTrainer, self.args, max_length=max_length)
-        config = self.model.config.get_text_config()
-        return min(settings["max_length"] or NO_LIMIT, self.tokenizer.model_max_length,
-                   getattr(config, "max_position_embeddings", None) or NO_LIMIT)
+        longest = common.longest_text(self.model, self.tokenizer)
+        return min(settings["max_length"] or longest, longest)
 
     # ------------------------------------------------------------------ data
     def prepare(self, rows, name):
@@ -412,27 +394,35 @@ class RewardTrainer(Trainer):
                              "them to chosen and rejected (and perhaps prompt), or to "
                              f"{', '.join(COLUMNS)}")
         is_stream = isinstance(rows, IterableDataset)
-        options = {} if is_stream else {"num_proc": self.args.dataset_num_proc}
-        limit = {"max_length": self.max_length}
+        options = common.map_options(self.args, rows, self.args.dataset_num_proc)
+        encoding = {"tokenizer": self.tokenizer, "max_length": self.max_length}
         with self.args.main_process_first(), explain(f"{name} dataset can't be tokenized"):
-            if not is_tokenized:
-                others = [column for column in columns if column != "margin"]
-                rows = rows.map(tokenize, remove_columns=others, **options,
-                                fn_kwargs={"tokenizer": self.tokenizer, **limit})
-            distinct = rows.filter(is_distinct, fn_kwargs=limit, **options)
+            others = [] if is_tokenized else [c for c in columns if c != "margin"]
+            rows = rows.map(encode_pair, remove_columns=others, fn_kwargs=encoding, **options)
+            distinct = rows.filter(is_distinct, **options).remove_columns("is_truncated")
             if self.args.train_sampling_strategy == "group_by_length":
                 length = {"column": self.args.length_column_name}
                 distinct = distinct.map(count_tokens, fn_kwargs=length, **options)
-        if is_stream or len(distinct) == len(rows):
+        if is_stream:
             return distinct
         if len(distinct) == 0:
             raise InputError(f"max_length={self.max_length} ({name} dataset): within it all "
                              f"{len(rows)} pairs are equal or empty; raise it, or give other pairs")
         if self.is_world_process_zero():
-            dropped = len(rows) - len(distinct)
-            print(f"{name} dataset: {dropped} of {len(rows)} pairs are dropped: equal or empty "
-                  f"within max_length={self.max_length} tokens")
+            self.report_pairs(rows, len(distinct), name)
         return distinct
+
+    def report_pairs(self, rows, kept, name):
+        """Print how many of the rows are truncated, and how many are dropped."""
+        within = f"max_length={self.max_length} tokens"
+        truncated = sum(rows["is_truncated"])
+        if truncated:
+            print(f"{name} dataset: {truncated} of {len(rows)} pairs are truncated to the last "
+                  f"{within}")
+        if kept < len(rows):
+            first = next(i for i, row in enumerate(rows) if not is_distinct(row))
+            print(f"{name} dataset: {len(rows) - kept} of {len(rows)} pairs are dropped, row "
+                  f"{first} the first: equal or empty within {within}")
 
     # ------------------------------------------------------------------ metrics
     def log(self, logs, start_time=None):
@@ -464,11 +454,12 @@ class RewardTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, **kwargs):
         """Call Trainer's evaluate, on rows as the constructor takes them."""
-        return super().evaluate(self.prepare(eval_dataset, "evaluation"), **kwargs)
+        rows = self.prepare(eval_dataset, "evaluation")
+        return super().evaluate(common.map_sets(common.read_stream, rows), **kwargs)
 
     def predict(self, test_dataset, **kwargs):
         """Call Trainer's predict, on rows as the constructor takes them."""
-        return super().predict(self.prepare(test_dataset, "test"), **kwargs)
+        return super().predict(common.read_stream(self.prepare(test_dataset, "test")), **kwargs)
 
 
 def sum_pairs(chosen, rejected, losses):
@@ -489,45 +480,38 @@ def average_pairs(sums):
 
 
 # ----------------------------------------------------------------------------- rows
-def join_chat(prompt, answer):
-    """Return one side of a pair as a whole conversation, a list of {"role", "content"}.
-
-    An answer that does not begin with the assistant's turn is the whole conversation already.
-    prompt: messages, the text of a user's turn, or None."""
-    if not answer or answer[0]["role"] != "assistant":
-        return answer
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return (prompt or []) + answer
-
-
-def encode(tokenizer, prompt, answer, max_length):
-    """Tokenize one side of a pair: its first max_length token ids. Raises InputError.
-
-    A text is joined to its prompt as it is; a chat goes through the tokenizer's template."""
+def join(prompt, answer):
+    """Return one side of a pair as a reward sees it: a text, or the messages of a whole chat."""
     if isinstance(answer, str):
-        text = (prompt or "") + answer
-        return tokenizer(text, truncation=True, max_length=max_length).input_ids
-    if tokenizer.chat_template is None:
-        raise InputError("chat_template=None (tokenizer): the rows are chats; set "
-                         "tokenizer.chat_template, or give texts")
-    chat = join_chat(prompt, answer)
-    return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)[:max_length]
+        return (prompt or "") + answer
+    return join_chat(prompt, answer)
 
 
-def tokenize(row, tokenizer, max_length):
-    """Return the four columns of token ids of a row with chosen, rejected and perhaps prompt."""
-    columns = {}
+def encode_pair(row, tokenizer, max_length):
+    """Return the four columns of token ids of a row, and whether max_length truncates it.
+
+    The last max_length tokens are kept: a reward reads a longer text so, too."""
+    columns = {"is_truncated": False}
     for side in SIDES:
-        ids = encode(tokenizer, row.get("prompt"), row[side], max_length)
-        columns[f"input_ids_{side}"] = ids
-        columns[f"attention_mask_{side}"] = [1] * len(ids)
+        if f"input_ids_{side}" in row:
+            ids, mask = (row[f"{kind}_{side}"] for kind in ("input_ids", "attention_mask"))
+            too_long = len(ids) > max_length
+            ids, mask = ids[-max_length:], mask[-max_length:]
+        else:
+            text = join(row.get("prompt"), row[side])
+            ids = judged_ids(tokenizer, text, row)
+            too_long = len(ids) > max_length
+            if too_long:  # with the special tokens around the text
+                ids = judged_ids(tokenizer, text, row, max_length)
+            mask = [1] * len(ids)
+        columns.update({f"input_ids_{side}": ids, f"attention_mask_{side}": mask})
+        columns["is_truncated"] |= too_long
     return columns
 
 
-def is_distinct(row, max_length):
-    """Check that both sides have tokens, and differ within their first max_length tokens."""
-    chosen, rejected = (list(row[f"input_ids_{side}"][:max_length]) for side in SIDES)
+def is_distinct(row):
+    """Check that both sides have tokens, and differ."""
+    chosen, rejected = (list(row[f"input_ids_{side}"]) for side in SIDES)
     return len(chosen) > 0 and len(rejected) > 0 and chosen != rejected
 
 
@@ -543,8 +527,8 @@ class RewardDataCollatorWithPadding:
     Returns input_ids_chosen and attention_mask_chosen [B, T], the same of the rejected texts with a
     T of their own, and margin [B] in float32 (0 where it is None). Padding is on the right,
     whatever the tokenizer's side: many classifiers count positions from the first column.
-    padding: True, or "max_length" for T = max_length. max_length: truncate texts to this many
-    tokens. pad_to_multiple_of: make T a multiple of this. return_tensors: only "pt"."""
+    padding: True, or "max_length" for T = max_length. max_length: keep this many last tokens of a
+    text. pad_to_multiple_of: make T a multiple of this. return_tensors: only "pt"."""
 
     tokenizer: Any
     padding: Union[bool, str] = True
@@ -564,10 +548,11 @@ class RewardDataCollatorWithPadding:
                              f"add {', '.join(missing)}")
         batch = {}
         width = self.max_length if self.padding == "max_length" else None
+        last = slice(-self.max_length if self.max_length else None, None)
         for side in SIDES:
             kinds = ("input_ids", "attention_mask")
-            texts = [{kind: row[f"{kind}_{side}"][:self.max_length] for kind in kinds}
-                     for row in features]
+            texts = [{kind: row[f"{kind}_{side}"][last] for kind in kinds} for row in features]
+            self.check_ends(texts, side)
             padded = self.tokenizer.pad(texts, padding=self.padding, max_length=width,
                                         pad_to_multiple_of=self.pad_to_multiple_of,
                                         padding_side="right", return_tensors="pt")
@@ -577,40 +562,33 @@ class RewardDataCollatorWithPadding:
             batch["margin"] = torch.tensor([float(row["margin"] or 0) for row in features])
         return {**batch, "return_loss": True}  # Trainer: there is a loss without labels
 
+    def check_ends(self, texts, side):
+        """Raise InputError for a text that ends with the pad token: its score would be another."""
+        pad = self.tokenizer.pad_token_id
+        for text in texts:
+            if text["input_ids"][-1:] == [pad] and text["attention_mask"][-1]:
+                raise InputError(f"input_ids_{side}={text['input_ids']} (a row): it ends with the "
+                                 f"pad token {self.tokenizer.pad_token!r}, which a classifier does "
+                                 "not read; remove it, or set another tokenizer.pad_token")
+
 
 # ----------------------------------------------------------------------------- the script
-def load_classifier(name, dtype):
-    """Load a tokenizer and a classifier with one label. Raises InputError.
-
-    A language model gets a fresh head, a classifier keeps its own, and an adapter trains further.
-    """
-    with explain(f"model_name={name} can't be loaded"):
-        tokenizer = common.load_tokenizer(name)
-        architectures = AutoConfig.from_pretrained(common.base_of(name)).architectures
-        has_head = "SequenceClassification" in str(architectures)
-        head = {} if has_head else {"num_labels": 1}
-        model = common.load_pretrained(AutoModelForSequenceClassification, name, True,
-                                       dtype=dtype, **head)
-    return tokenizer, model
-
-
 def text_of(row, side, tokenizer):
     """Return what samples show of one side: prompt (of a chat the last user turn) and answer."""
     if side not in row:
         return tokenizer.decode(row[f"input_ids_{side}"], skip_special_tokens=True)
-    if isinstance(row[side], str):
-        return (row.get("prompt") or "") + row[side]
-    chat = join_chat(row.get("prompt"), row[side])
-    return f"{common.text_to_show(chat, tokenizer)}\n{chat[-1]['content']}"
+    whole = join(row.get("prompt"), row[side])
+    if isinstance(whole, str):
+        return whole
+    return f"{common.text_to_show(whole, tokenizer)}\n{whole[-1]['content']}"
 
 
 def pick_samples(trainer, rows, n=4):
     """Return the first n pairs whose sides differ, with their texts and token ids."""
     samples = []
     for row in rows:
-        if "input_ids_chosen" not in row:
-            row = {**row, **tokenize(row, trainer.tokenizer, trainer.max_length)}
-        if is_distinct(row, trainer.max_length):
+        row = {**row, **encode_pair(row, trainer.tokenizer, trainer.max_length)}
+        if is_distinct(row):
             samples.append(row)
         if len(samples) == n:
             break
@@ -639,7 +617,9 @@ def main(config: ScriptConfig):
     Returns the metrics of the last evaluation."""
     out, checkpoint = common.start_run(config)
     name = config.model_name or str(TOY / "blank_reward")
-    tokenizer, model = load_classifier(name, config.torch_dtype)
+    with explain(f"model_name={name} can't be loaded"):
+        tokenizer = common.load_tokenizer(name, **common.loading_arguments(config))
+        model = common.load_sequence_classifier(name, **common.loading_arguments(config))
     common.use_few_threads(model)
     rows, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = RewardTrainer(model, config, None, rows, held_out, tokenizer,
@@ -663,4 +643,7 @@ def main(config: ScriptConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, ScriptConfig)
+    common.run(main, ScriptConfig, own="--gradient-accumulation-steps 8",
+               lora="--torch-dtype bfloat16",
+               toy="--num-train-epochs 16 --weight-decay 1 --per-device-train-batch-size 64 "
+                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

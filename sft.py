@@ -47,6 +47,8 @@ from functools import partial
 from itertools import islice
 from typing import Literal, Optional
 
+import numpy as np
+import pyarrow.compute
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
@@ -54,7 +56,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
 import common
-from common import TOY, InputError, check_finite, check_ranges, explain, is_chat, only_logits_of
+from common import (
+    TOY,
+    InputError,
+    check_finite,
+    check_ranges,
+    explain,
+    is_chat,
+    join_chat,
+    only_logits_of,
+    same_messages,
+    split_chat,
+    tokenize_chat,
+)
 
 IGNORE = -100  # the label of a token that is not in the loss
 RATE_OF_TOY_MODEL = 4e-3  # learning rate of a model with 100,000 parameters
@@ -67,19 +81,19 @@ SLICE = 256  # tokens whose cross-entropy is computed at a time
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class SFTConfig(TrainingArguments):
+class SFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
     """Extend transformers.TrainingArguments: some defaults differ, and the script has its own."""
 
     output_dir: Optional[str] = "runs/sft"
     """Output folder."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of parameters)."""
-    per_device_train_batch_size: int = 32
-    """Rows per forward and backward pass, per process."""
-    per_device_eval_batch_size: int = 64
-    """Rows per evaluation pass, per process."""
-    num_train_epochs: float = 8
-    """Passes over the data."""
+    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    per_device_train_batch_size: int = 2
+    """Rows per forward and backward pass, per process; of the toy model 32."""
+    per_device_eval_batch_size: int = 8
+    """Rows per evaluation pass, per process; of the toy model 64."""
+    num_train_epochs: float = 2
+    """Passes over the data; of the toy model 8."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     logging_steps: float = 20
@@ -105,13 +119,13 @@ class SFTConfig(TrainingArguments):
     keep_tail: bool = True
     """With packing: keep the last row, which may be shorter."""
     dataset_num_proc: Optional[int] = None
-    """Processes that tokenize (without packing)."""
+    """Processes that tokenize. None: one."""
     assistant_only_loss: bool = False
     """In chats only the assistant's turns are in the loss."""
     response_template: Optional[str] = None
     """Text before the completion: only what follows its last occurrence is in the loss."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the parameters; bfloat16 only for LoRA's base model."""
+    """Type of the parameters; the script loads LoRA's base model in bfloat16."""
     lora_r: int = 0
     """Rank of a fresh LoRA adapter on all linear layers. 0: train all parameters."""
     lora_alpha: int = 16
@@ -265,7 +279,8 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
 
         # model, tokenizer and collator
         model = load_model(model, model_init_kwargs)
-        self.tokenizer = common.with_padding(tokenizer or processing_class or tokenizer_of(model))
+        self.tokenizer = common.with_padding(
+            tokenizer or processing_class or tokenizer_of(model, **(model_init_kwargs or {})))
         data_collator = self.choose_collator(data_collator, args)
         self.peft_config = peft_config
         if model is not None:
@@ -290,7 +305,8 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
                 train_dataset, bool(infinite), num_of_sequences, chars_per_token)
         else:
             self.train_dataset = self.prepare(train_dataset, "train_dataset")
-        self.eval_dataset = self.prepare(eval_dataset, "eval_dataset")
+        self.eval_dataset = common.map_sets(common.read_stream,
+                                            self.prepare(eval_dataset, "eval_dataset"))
 
     def choose_collator(self, data_collator, args):
         """Return the data collator: the one given, response_template's, or `collate`."""
@@ -311,14 +327,15 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
         return data_collator
 
     def prepare_model(self, model, args):
-        """Choose a learning rate for the model's size if none is set, and add a fresh adapter."""
-        if args.learning_rate is None:
-            args.learning_rate = common.scale_learning_rate(RATE_OF_TOY_MODEL, model)
+        """Add a fresh adapter, and choose a learning rate for the model's size if none is set."""
         peft_config = self.peft_config
         if peft_config is None and getattr(args, "lora_r", 0):
             seq2seq = model.config.is_encoder_decoder
             peft_config = common.lora_config(args, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
-        return model if peft_config is None else common.with_adapter(model, peft_config, args.seed)
+        model = common.prepare_training(model, peft_config, args.seed)
+        if args.learning_rate is None:
+            args.learning_rate = common.scale_learning_rate(RATE_OF_TOY_MODEL, model)
+        return model
 
     def call_model_init(self, trial=None):
         """Make the model with model_init, and its adapter."""
@@ -366,63 +383,84 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
         first = list(islice(iter(rows), 2))
         if not first:
             raise InputError(f"{name} (0 rows): it is empty; give at least one row")
+        if any(map(is_chat, first[0].values())):
+            # `generate` stops where the template ends an answer, also of a model without chats
+            ends = self.model.generation_config
+            ends.eos_token_id = sorted(common.end_token_ids(self.tokenizer, ends.eos_token_id))
         if "position_ids" in first[0]:  # packed rows
             self.check_packing()
             return rows
+        options = common.map_options(self.args, rows, self.num_proc)
+        with self.args.main_process_first(), explain(f"{name}: its rows can't be tokenized"):
+            tokens = self.tokenize(rows, first, self.max_seq_length)
+            start = {"start": int(not self.seq2seq)}
+            kept = tokens.filter(has_label, fn_kwargs=start, **options)
+        if isinstance(rows, Dataset):
+            self.report_rows(name, tokens, len(kept), first[0], start)
+        return kept.remove_columns("is_truncated")
+
+    def tokenize(self, rows, first, max_length):
+        """Encode a dataset or a stream, truncated to max_length. first: its first rows."""
         texts_of = None
         if self.formatting_func is not None and "input_ids" not in first[0]:
             texts_of = text_maker(self.formatting_func, first)
-        is_stream = isinstance(rows, IterableDataset)
-        processes = {} if is_stream else {"num_proc": self.num_proc}
         options = {**self.encoding, "seq2seq": self.seq2seq, "texts_of": texts_of,
-                   "max_length": self.max_seq_length, "completions": self.completion_collator}
-        with self.args.main_process_first(), explain(f"{name}: its rows can't be tokenized"):
-            tokens = rows.map(
-                tokenize, batched=True, batch_size=self.rows_at_once, **processes,
-                remove_columns=list(first[0]), fn_kwargs=options)
-            kept = tokens.filter(has_label, fn_kwargs={"start": int(not self.seq2seq)}, **processes)
-        if not is_stream and len(kept) < len(tokens):
-            self.report_dropped(name, len(tokens) - len(kept), len(tokens), first[0])
-        return kept
+                   "max_length": max_length, "completions": self.completion_collator}
+        return rows.map(tokenize, batched=True, batch_size=self.rows_at_once, fn_kwargs=options,
+                        remove_columns=list(first[0]),
+                        **common.map_options(self.args, rows, self.num_proc))
 
-    def report_dropped(self, name, dropped, total, first_row):
-        """Print how many rows have no token in the loss. Raises InputError if it is all of them."""
-        if dropped == total:
+    def report_rows(self, name, tokens, kept, first_row, start):
+        """Print how many rows are truncated, and how many are dropped: no token is in the loss.
+
+        Raises InputError if it is all of them."""
+        total = len(tokens)
+        if kept == 0:
             template = self.completion_collator and repr(self.completion_collator.response_template)
             raise InputError(f"{name} ({total} rows): no row has a token in the loss; check "
                              f"response_template={template}, max_seq_length={self.max_seq_length} "
                              f"and the labels; the first row is {first_row}")
-        if self.is_world_process_zero():
-            print(f"dropped {dropped} of {total} rows of {name}: they have no token in the loss")
+        truncated = sum(tokens["is_truncated"])
+        if truncated and self.is_world_process_zero():
+            print(f"truncated {truncated} of {total} rows of {name} to "
+                  f"max_seq_length={self.max_seq_length}")
+        if kept < total and self.is_world_process_zero():
+            number = next(i for i, row in enumerate(tokens) if not has_label(row, **start))
+            print(f"dropped {total - kept} of {total} rows of {name}, row {number} the first: they "
+                  "have no token in the loss")
 
     def pack(self, rows, infinite, num_of_sequences, chars_per_token):
         """Pack rows into a dataset, or into a stream if the rows are streamed or infinite."""
         self.check_packing()
         if not isinstance(rows, (Dataset, IterableDataset)):
             return rows
-        if next(iter(rows), None) is None:
+        first = list(islice(iter(rows), 2))
+        if not first:
             raise InputError("train_dataset (0 rows): it is empty; give at least one row")
-        packed = ConstantLengthDataset(
-            dataset=rows, formatting_func=self.formatting_func, infinite=infinite,
-            seq_length=self.max_seq_length, num_of_sequences=num_of_sequences,
-            chars_per_token=chars_per_token, eos_token_id=None, keep_tail=self.keep_tail,
-            seed=self.args.seed, **self.encoding)
         if infinite or isinstance(rows, IterableDataset):
-            return packed
+            return ConstantLengthDataset(
+                dataset=rows, formatting_func=self.formatting_func, infinite=infinite,
+                seq_length=self.max_seq_length, num_of_sequences=num_of_sequences,
+                chars_per_token=chars_per_token, eos_token_id=None, keep_tail=self.keep_tail,
+                seed=self.args.seed, **self.encoding)
         with self.args.main_process_first(), explain("train_dataset: its rows can't be packed"):
-            if next(iter(packed), None) is None:
-                raise InputError(f"max_seq_length={self.max_seq_length}: train_dataset does not "
-                                 "fill one row; give more text, a smaller max_seq_length, or "
-                                 "dataset_kwargs={'keep_tail': True}")
-            kept = Dataset.from_generator(packed.__iter__)
-        if not any(map(has_label, kept)):
-            raise InputError(f"train_dataset ({len(kept)} packed rows): no row has a token in the "
-                             "loss; check the labels, or the roles of the chats (assistant)")
-        return kept
+            packed = PackedRows(self.tokenize(rows, first, None), self.max_seq_length,
+                                self.keep_tail)
+        if len(packed) == 0:
+            raise InputError(f"max_seq_length={self.max_seq_length}: train_dataset does not fill "
+                             "one row; give more text, a smaller max_seq_length, or "
+                             "dataset_kwargs={'keep_tail': True}")
+        if not any(map(has_label, packed)):
+            raise InputError(f"train_dataset ({len(packed)} packed rows): no row has a token in "
+                             "the loss; check the labels, or the roles of the chats (assistant)")
+        return packed
 
     def check_packing(self):
         """Raise InputError unless the model keeps the documents of a packed row apart."""
         kind = self.model.config.model_type
+        adapter = getattr(self.model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            kind += f" with {adapter.peft_type.value.lower()}"
         if self.completion_collator:
             raise InputError("packing: a response template labels whole rows; give rows of prompt "
                              "and completion instead")
@@ -443,7 +481,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """Evaluate; eval_dataset may hold any rows that the constructor takes."""
         if not isinstance(eval_dataset, dict):  # Trainer calls this method for each set of a dict
-            eval_dataset = self.prepare(eval_dataset, "eval_dataset")
+            eval_dataset = common.read_stream(self.prepare(eval_dataset, "eval_dataset"))
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -472,18 +510,19 @@ def load_model(model, model_init_kwargs):
     """Load a model that is given by its name. Raises InputError."""
     if isinstance(model, str):
         with explain(f"model={model}: it can't be loaded"):
-            return AutoModelForCausalLM.from_pretrained(model, **(model_init_kwargs or {}))
+            return common.load_pretrained(
+                AutoModelForCausalLM, model, True, **(model_init_kwargs or {}))
     if model_init_kwargs:
         raise InputError(f"model_init_kwargs={model_init_kwargs}: they load a model by its name, "
                          "and `model` is a model already; leave them out")
     return model
 
 
-def tokenizer_of(model):
-    """Load the tokenizer that belongs to a model. Raises InputError."""
+def tokenizer_of(model, **kwargs):
+    """Load the tokenizer of a model that was loaded with kwargs. Raises InputError."""
     if model is None or not model.config.name_or_path:
         raise InputError("tokenizer=None: the model does not say where its tokenizer is; pass one")
-    return common.load_tokenizer(model.config.name_or_path)
+    return common.load_tokenizer(model.config.name_or_path, **kwargs)
 
 
 def number_of_positions(model):
@@ -507,10 +546,8 @@ def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
     if "input_ids" in row:
         return encode_tokens(row, seq2seq)
     if is_pair(row, dataset_text_field):
-        prompt, completion = encode_completion(row, tokenizer, end_id, add_special_tokens, seq2seq)
-        if seq2seq:
-            return prompt, completion
-        return prompt + completion, [IGNORE] * len(prompt) + completion
+        encode_pair = encode_seq2seq if seq2seq else encode_completion
+        return encode_pair(row, tokenizer, end_id, add_special_tokens)
     if seq2seq:
         raise InputError(f"columns={list(row)} (of the dataset): an encoder-decoder needs prompt "
                          "and completion, or input_ids and labels; rename the columns")
@@ -521,8 +558,8 @@ def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
                          f"{list(row)}; name the one that holds the text, or call it text, "
                          "messages, prompt and completion, or input_ids")
     value = row[found[0]]
-    if is_chat(value):
-        return encode_chat(value, tokenizer, assistant_only_loss)
+    if isinstance(value, list):
+        return encode_chat(value, tokenizer, row, assistant_only_loss)
     if assistant_only_loss:
         raise InputError("assistant_only_loss=True: the rows are texts, not chats; leave it out")
     return encode_text(value, tokenizer, end_id, add_special_tokens)
@@ -533,49 +570,57 @@ def encode_text(text, tokenizer, end_id, add_special_tokens):
     if not isinstance(text, str):
         raise TypeError(f"{text!r} is neither a text nor a chat")
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    return with_end(ids, end_id), None
+    return with_end(with_one_bos(ids, tokenizer), end_id), None
 
 
-def encode_completion(row, tokenizer, end_id, add_special_tokens, seq2seq):
-    """Encode prompt and completion, texts or chats. Returns the token ids of each."""
-    prompt = row["prompt"]
-    completion = row["completion"]
-    if is_chat(prompt):
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        start = apply_template(tokenizer, prompt, add_generation_prompt=True)
-        whole = apply_template(tokenizer, prompt + completion)
-        if whole[:len(start)] != start:
-            raise InputError("chat_template: it writes a prompt differently when a completion "
-                             "follows; give rows of input_ids and labels instead")
-        return start, whole[len(start):]
+def encode_completion(row, tokenizer, end_id, add_special_tokens):
+    """Encode a prompt and its completion as one text or chat; the completion is in the loss."""
+    prompt, completion = row["prompt"], row["completion"]
+    if is_chat(prompt) or is_chat(completion):
+        messages, first = join_completion(prompt, completion)
+        ids, mask = tokenize_chat(tokenizer, messages, row, first)
+    else:
+        # together: for many tokenizers the completion's first token depends on what comes before
+        tokens = tokenizer(prompt + completion, add_special_tokens=add_special_tokens,
+                           return_offsets_mapping=True, verbose=False)
+        starts = [end > len(prompt) for _, end in tokens.offset_mapping]  # special tokens: 0
+        first = starts.index(True) if any(starts) else len(starts)
+        ids = with_end(tokens.input_ids, end_id)
+        mask = [i >= first for i in range(len(ids))]
+        doubled = len(ids) - len(with_one_bos(ids, tokenizer))
+        ids, mask = ids[doubled:], mask[doubled:]
+    return ids, [token if m else IGNORE for token, m in zip(ids, mask, strict=True)]
+
+
+def encode_seq2seq(row, tokenizer, end_id, add_special_tokens):
+    """Encode a prompt for the encoder, and the completion as labels."""
+    prompt, completion = row["prompt"], row["completion"]
+    if is_chat(prompt) or is_chat(completion):
+        messages, first = join_completion(prompt, completion)
+        prompt, completion = split_chat(tokenizer, messages[:first], messages[first:], row)
+        add_special_tokens = False
     start = tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False).input_ids
-    has_end = start[-1:] == [tokenizer.eos_token_id]
-    if has_end and not prompt.endswith(tokenizer.eos_token) and not seq2seq:
-        start = start[:-1]  # some tokenizers end whatever they read
     rest = tokenizer(completion, add_special_tokens=False, verbose=False).input_ids
     return start, with_end(rest, end_id)
 
 
-def encode_chat(messages, tokenizer, assistant_only_loss):
+def join_completion(prompt, completion):
+    """Return a chat as its messages, and the number of the message that the completion begins."""
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    messages = join_chat(prompt, completion)
+    prompt = join_chat(prompt, [])
+    return messages, same_messages(prompt, messages)
+
+
+def encode_chat(messages, tokenizer, row, assistant_only_loss):
     """Encode a chat with the tokenizer's template, which writes its own special tokens.
 
     In the loss is all of it, or only the assistant's turns and their ends."""
-    whole = apply_template(tokenizer, messages)
+    ids, mask = tokenize_chat(tokenizer, messages, row) if messages else ([], [])
     if not assistant_only_loss:
-        return whole, None
-    labels = [IGNORE] * len(whole)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = apply_template(tokenizer, messages[:i], add_generation_prompt=True)
-        after = apply_template(tokenizer, messages[:i + 1])
-        if whole[:len(after)] != after or after[:len(before)] != before:
-            raise InputError("chat_template: it writes a turn differently when others follow, so "
-                             "the assistant's tokens can't be found; give rows of prompt and "
-                             "completion instead")
-        labels[len(before):len(after)] = after[len(before):]
-    return whole, labels
+        return ids, None
+    return ids, [token if m else IGNORE for token, m in zip(ids, mask, strict=True)]
 
 
 def encode_tokens(row, seq2seq):
@@ -590,11 +635,6 @@ def encode_tokens(row, seq2seq):
     return ids, labels
 
 
-def apply_template(tokenizer, messages, **kwargs):
-    """Return the token ids of chat messages."""
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs)
-
-
 def is_pair(row, text_field):
     """Return whether a row is a prompt with its completion."""
     return text_field is None and "prompt" in row and "completion" in row
@@ -603,6 +643,12 @@ def is_pair(row, text_field):
 def with_end(ids, end_id):
     """Append the end token, unless the ids end with it or there is none."""
     return ids if end_id is None or ids[-1:] == [end_id] else [*ids, end_id]
+
+
+def with_one_bos(ids, tokenizer):
+    """Drop a first token that the text of a rendered chat has, too: BOS twice."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def text_maker(formatting_func, rows):
@@ -660,10 +706,12 @@ def tokenize(batch, max_length, completions=None, **options):
     completions: a DataCollatorForCompletionOnlyLM that chooses the labels."""
     encoded = encode_rows(rows_of(batch), **options)
     input_ids = [ids[:max_length] for ids, _ in encoded]
+    is_truncated = [len(kept) < len(ids) for kept, (ids, _) in zip(input_ids, encoded, strict=True)]
     labels = [row_labels for _, row_labels in encoded]
     if completions:
         labels = [completions.labels(ids, IGNORE) for ids in input_ids]
-    columns = {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids]}
+    columns = {"input_ids": input_ids, "attention_mask": [[1] * len(ids) for ids in input_ids],
+               "is_truncated": is_truncated}
     if labels and labels[0] is not None:
         columns["labels"] = [row_labels[:max_length] for row_labels in labels]
     return columns
@@ -731,10 +779,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
             # a stream divides its rows among the workers itself
             rows = islice(rows, worker.id, None, worker.num_workers)
         for row in rows:
-            ids, labels, begins = torch.tensor(row).T
-            places = torch.arange(len(ids))
-            first = (places * begins).cummax(0).values  # where each token's document begins
-            yield {"input_ids": ids, "labels": labels, "position_ids": places - first}
+            yield packed_row(torch.tensor(row))
 
     def pack_rows(self, rng):
         """Yield rows: lists of (token id, label, whether a document begins here)."""
@@ -768,6 +813,46 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
                 size = 0
         if rows:
             yield encode_rows(rows, **self.encoding)
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Pack encoded documents into rows, in their order, when a row is asked for.
+
+    Row k holds the tokens k x length to (k + 1) x length of all documents, one after the other.
+    documents: a datasets.Dataset with input_ids, and perhaps labels. keep_tail: see
+    ConstantLengthDataset, whose rows these are."""
+
+    def __init__(self, documents, length, keep_tail=False):
+        lengths = pyarrow.compute.list_value_length(documents.data.column("input_ids"))
+        self.ends = np.cumsum(lengths.to_numpy())  # the number of tokens up to each document's end
+        self.documents = documents.with_format("numpy")
+        self.length = length
+        self.keep_tail = keep_tail
+
+    def __len__(self):
+        whole, tail = divmod(int(self.ends[-1]), self.length)
+        return whole + bool(self.keep_tail and tail)
+
+    def __getitem__(self, k):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        begin, end = k * self.length, min((k + 1) * self.length, int(self.ends[-1]))
+        first, last = np.searchsorted(self.ends, [begin, end - 1], side="right")
+        documents = self.documents[first:last + 1]
+        ids, labels = (np.concatenate([*documents.get(name, documents["input_ids"])])
+                       for name in ("input_ids", "labels"))
+        skipped = begin - int(self.ends[first] - len(documents["input_ids"][0]))
+        tokens = np.stack([ids, labels], 1)[skipped:skipped + end - begin].astype(np.int64)
+        begins = np.isin(np.arange(begin, end), self.ends[first:last])
+        return packed_row(torch.from_numpy(np.column_stack([tokens, begins])))
+
+
+def packed_row(tokens):
+    """Return a packed row of tokens [T, 3]: id, label, whether a document begins here."""
+    ids, labels, begins = tokens.T
+    places = torch.arange(len(ids))
+    first = (places * begins).cummax(0).values  # where each token's document begins
+    return {"input_ids": ids, "labels": labels, "position_ids": places - first}
 
 
 def keeps_documents_apart(model):
@@ -921,7 +1006,7 @@ def main(config: SFTConfig):
     Returns the metrics of the last evaluation."""
     out, checkpoint = common.start_run(config)
     tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "blank"), config.torch_dtype)
+        config.model_name or str(TOY / "blank"), **common.loading_arguments(config))
     common.use_few_threads(model)
     rows, held_out = common.load_train_and_eval_rows(
         config, "reviews.jsonl", "reviews_test.jsonl")
@@ -943,4 +1028,7 @@ def main(config: SFTConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, SFTConfig)
+    common.run(main, SFTConfig, own="--gradient-accumulation-steps 16",
+               lora="--torch-dtype bfloat16",
+               toy="--num-train-epochs 8 --per-device-train-batch-size 32 "
+                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

@@ -116,6 +116,20 @@ def hf_model(arch, seed=0, **changes):
     )
 
 
+def gemma3(kind="ForConditionalGeneration", **changes):
+    """A Gemma 3 with a vision tower, as in its 4B size: 2 text layers of 32, 1 vision layer."""
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "max_position_embeddings": 64, "initializer_range": 0.2,
+            "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision,
+                                       mm_tokens_per_image=4, **changes)
+    torch.manual_seed(0)
+    return getattr(transformers, "Gemma3" + kind)(config)
+
+
 @pytest.fixture
 def make_hf_model():
     return hf_model

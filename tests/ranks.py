@@ -97,6 +97,27 @@ def update(rank, ranks, rate, updates=1, praise=False, parts=1, **settings):
             "stats": plain(stats), "kl_coef": trainer.kl_ctl.value}
 
 
+def vision_update(rank, ranks):
+    """Two updates of a model with a vision tower, out of text's reach -> how its weights moved."""
+    from conftest import gemma3
+    forget()
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(gemma3())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, 100, (4,), generator=draw) for _ in range(4)]
+    mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
+    size = 4 // ranks
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trainer = PPOTrainer(PPOConfig(batch_size=size, mini_batch_size=size, ppo_epochs=1), model,
+                         None, AutoTokenizer.from_pretrained(TOY),
+                         optimizer=torch.optim.SGD(trained, lr=0.1))
+    scores = [torch.tensor(score) for score in (1.0, -1.0, 0.5, 2.0)[mine]]
+    for _ in range(2):  # DDP finds out at the second forward pass what the first has not reached
+        trainer.step(rows[mine], rows[mine], scores)
+    after = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    return {name: p.detach() - before[name] for name, p in after}
+
+
 def own_loop(rank):
     """Parts of the trainer that users call in loops of their own."""
     forget()
@@ -151,6 +172,7 @@ if __name__ == "__main__":
     folder, rank = sys.argv[1], int(os.environ["RANK"])
     PartialState.destroy_process_group = lambda *args: None  # main ends its training three times
     seen = {name: update(rank, 2, **case) for name, case in UPDATES.items()}
+    seen["vision"] = vision_update(rank, 2)
     seen["own loop"] = own_loop(rank)
     seen["script"] = script(folder, rank)
     torch.save(seen, f"{folder}/{rank}.pt")

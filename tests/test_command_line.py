@@ -88,10 +88,6 @@ def parse(script, *flags):
     )
 
 
-def uses_trainer(script):
-    return issubclass(CONFIGS[script], TrainingArguments)
-
-
 # --------------------------------------------------------------------------------------------- help
 @functools.cache
 def help_page(script):
@@ -186,11 +182,7 @@ def script_and_flags(words):
 
 
 def parses(script, flags):
-    if flags == ["--help"]:
-        return help_page(script)
-    return parse(
-        script, *flags, *(["--use-cpu"] if "--bf16" in flags and uses_trainer(script) else [])
-    )  # no GPU here
+    return help_page(script) if flags == ["--help"] else parse(script, *flags)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -242,6 +234,103 @@ def test_a_flag_changes_its_own_field_alone(script):
     assert [name for name in names if getattr(given, name) != getattr(config, name)] == [
         "seed"
     ] and given.seed == 7
+
+
+# --------------------------------------------------------------------------- defaults by the model
+TEXT_SCRIPTS = ("sft", "reward", "ppo", "dpo", "iterative_sft")
+TOY_DEFAULTS = {  # what the default runs of docs/ are made with
+    "sft": dict(num_train_epochs=8, per_device_train_batch_size=32, gradient_accumulation_steps=1,
+                per_device_eval_batch_size=64, activation_checkpointing=False),
+    "reward": dict(num_train_epochs=16, weight_decay=1, per_device_train_batch_size=64,
+                   gradient_accumulation_steps=1, per_device_eval_batch_size=64,
+                   activation_checkpointing=False),
+    "ppo": dict(mini_batch_size=1, batch_size=256, steps=20000, max_new_tokens=24,
+                generation_batch_size=256, learning_rate=1e-5),
+    "dpo": dict(beta=3, num_train_epochs=8, per_device_train_batch_size=32,
+                gradient_accumulation_steps=1, per_device_eval_batch_size=64,
+                activation_checkpointing=False),
+    "iterative_sft": dict(learning_rate=1e-4, num_train_epochs=80, max_new_tokens=24,
+                          per_device_train_batch_size=32, gradient_accumulation_steps=1,
+                          per_device_eval_batch_size=8, generation_batch_size=256,
+                          activation_checkpointing=False),
+}
+OWN_DEFAULTS = {  # a model of a billion parameters fits a card of 24 GB
+    "sft": dict(num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=16,
+                per_device_eval_batch_size=8, activation_checkpointing=True),
+    "reward": dict(num_train_epochs=1, weight_decay=0, per_device_train_batch_size=8,
+                   gradient_accumulation_steps=8, per_device_eval_batch_size=8,
+                   activation_checkpointing=True),
+    "ppo": dict(mini_batch_size=8, batch_size=256, max_new_tokens=128, generation_batch_size=64,
+                learning_rate=1e-5),
+    "dpo": dict(beta=0.1, num_train_epochs=1, per_device_train_batch_size=1,
+                gradient_accumulation_steps=32, per_device_eval_batch_size=1,
+                activation_checkpointing=True),
+    "iterative_sft": dict(learning_rate=1e-5, num_train_epochs=20, max_new_tokens=128,
+                          per_device_train_batch_size=8, gradient_accumulation_steps=4,
+                          per_device_eval_batch_size=2, generation_batch_size=64,
+                          activation_checkpointing=True),
+}
+
+
+def fields_of(config, names):
+    return {name: getattr(config, name) for name in names}
+
+
+@pytest.mark.parametrize("script", TEXT_SCRIPTS)
+def test_the_toy_s_settings_end_with_the_toy_and_a_given_flag_holds_for_both(script):
+    toy, own = TOY_DEFAULTS[script], OWN_DEFAULTS[script]
+    model = ["--model-name", "my/model"]
+    assert fields_of(parse(script), toy) == toy
+    assert fields_of(parse(script, *model), own) == own
+    name = "max_new_tokens" if script == "ppo" else "per_device_train_batch_size"
+    for flags in ([], model, ["--model_name=my/model"]):
+        given = parse(script, *flags, flag_of(name), 7)
+        want = {**(own if flags else toy), name: 7}
+        if script != "ppo":
+            want["gradient_accumulation_steps"] = 1  # a step of 7 rows, as it says
+        assert fields_of(given, want) == want
+
+
+@pytest.mark.parametrize("script", TEXT_SCRIPTS)
+def test_the_base_of_a_lora_is_bfloat16_unless_it_is_the_toy_s(script, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    adapter = ["--model-name", tmp_path]
+    fresh = ["--model-name", "my/model", "--lora-r", 16]
+    for flags, want in ([fresh, "bfloat16"], [adapter, "bfloat16"], [fresh[2:], "float32"],
+                        [fresh[:2], "float32"], [[*fresh, "--torch-dtype", "float16"], "float16"],
+                        [[*fresh, "--lora-r", 0], "float32"]):
+        config = parse(script, *flags)
+        assert config.torch_dtype == want
+        if script in ("ppo", "iterative_sft"):  # whose rate does not follow the model's size
+            rate = 1e-5 if want == "float32" else 1e-4
+            assert config.learning_rate == rate or "--model-name" not in flags
+
+
+def test_defaults_of_your_own_model_are_printed_on_one_line_but_not_those_you_give(tmp_path):
+    (tmp_path / "file").touch()
+
+    def printed(*flags):
+        return start("ppo", *flags, "--output-dir", tmp_path / "file" / "out")[1]
+
+    own = ["--model-name", "my/model", "--mini-batch-size", 4]
+    assert printed() == ""
+    assert printed(*own) == (
+        "defaults for this model: --max-new-tokens 128 --generation-batch-size 64\n")
+    assert printed(*own, "--lora-r=8") == (
+        "defaults for this model: --max-new-tokens 128 --generation-batch-size 64 "
+        "--learning-rate 1e-4 --torch-dtype bfloat16\n")
+
+
+@pytest.mark.parametrize("script", TEXT_SCRIPTS)
+def test_one_flag_each_means_bfloat16_checkpointing_and_the_cpu(script):
+    config = parse(script, "--bf16", "--gradient-checkpointing", "--use-cpu")
+    assert config.bf16 and config.use_cpu and config.gradient_checkpointing
+    plain = parse(script, "--no-bf16", "--no-gradient-checkpointing", "--no-use-cpu")
+    assert not (plain.bf16 or plain.use_cpu or plain.gradient_checkpointing)
+    if script != "ppo":
+        assert config.activation_checkpointing and not plain.activation_checkpointing
+    assert parse(script, "--bf16").bf16  # computes on the CPU where there is no GPU
+    assert script == "ppo" or config.save_total_limit == 1
 
 
 # ----------------------------------------------------------------------------------- dicts as flags
@@ -310,11 +399,6 @@ def test_a_flag_that_is_not_there_or_takes_no_such_value_is_named(script, flags,
 def test_a_config_that_contradicts_itself_is_an_error_without_a_traceback():
     status, out, err = start("ppo", "--batch-size", 10, "--mini-batch-size", 3)
     assert status != 0 and "batch_size=10" in out + err and "Traceback" not in out + err
-
-
-def test_bf16_without_a_gpu_says_which_flag_computes_on_the_cpu():
-    status, out, err = start("sft", "--bf16")
-    assert status != 0 and "use_cpu" in out + err and "Traceback" not in out + err
 
 
 # ----------------------------------------------------------------------------------------- the gate

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     ProgressCallback,
@@ -216,14 +218,87 @@ def test_each_line_of_a_text_file_is_a_row(tmp_path):
     assert list(common.load_rows(str(tmp_path / "data.txt"))) == [{"text": "w4 w5"}, {"text": "w6"}]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_rows_come_from_a_saved_dataset_and_its_split(split, tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """saved(*names) -> a folder of save_to_disk, whose i-th split holds the row {"n": i}."""
+    def save(*names):
+        folder = tmp_path / "-".join(names)
+        sets = {name: Dataset.from_list([{"n": i}]) for i, name in enumerate(names)}
+        DatasetDict(sets).save_to_disk(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.mark.parametrize("names, split, want", [
+    (["test", "train"], None, 1), (["test", "train"], "test", 0), (["train_sft"], None, 0),
+    (["train_sft", "train_gen"], "train_gen", 1)])
+def test_rows_come_from_a_split_which_is_train_or_the_only_one_unless_named(
+        names, split, want, saved):
+    assert list(common.load_rows(saved(*names), split)) == [{"n": want}]
+
+
+def test_a_saved_dataset_without_splits_is_train(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
-    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(
-        tmp_path / "both"
-    )
-    assert list(common.load_rows(tmp_path / "one", split)) == ROWS
-    assert list(common.load_rows(tmp_path / "both", split)) == ROWS[:1 if split == "test" else 2]
+    assert list(common.load_rows(tmp_path / "one")) == ROWS
+    assert list(common.load_rows(tmp_path / "one", "train")) == ROWS
+
+
+@pytest.mark.parametrize("names, split", [(["train", "test"], "tset"), (["test", "train"], "dev"),
+                                          (["train_sft", "train_gen"], None)])
+def test_a_split_that_is_not_there_is_an_error_that_names_those_there_are(names, split, saved):
+    with pytest.raises(InputError, match=f"^dataset_split={split} .*{', '.join(names)};"):
+        common.load_rows(saved(*names), split)
+
+
+@pytest.mark.parametrize("names, flags, want", [
+    (["train", "test"], {"eval_dataset": "same"}, 1),
+    (["train", "validation"], {"eval_dataset": "same"}, 1),
+    (["train", "validation", "test"], {"eval_dataset_split": "validation"}, 1),
+    (["train", "a", "b"], {"eval_dataset_split": "b"}, 2),
+    (["train", "a"], {}, None),
+    (["train"], {"eval_dataset": "other"}, 7)])  # its only split is what is asked for
+def test_evaluation_reads_a_held_out_split(names, flags, want, saved, tmp_path):
+    Dataset.from_list([{"n": 7}]).save_to_disk(tmp_path / "other")
+    folder = saved(*names)
+    places = {"same": folder, "other": str(tmp_path / "other")}
+    config = flags_of(dataset=folder, **{k: places.get(v, v) for k, v in flags.items()})
+    rows, held_out = common.load_train_and_eval_rows(config, None, None)
+    assert list(rows) == [{"n": 0}]
+    assert held_out is None if want is None else list(held_out) == [{"n": want}]
+
+
+@pytest.mark.parametrize("names, flags, named", [
+    (["train"], {"eval_dataset": "same"}, "^eval_dataset=.* train alone"),
+    (["train", "held"], {"eval_dataset": "same"}, "^eval_dataset_split=None .* train, held;"),
+    (["train", "test"], {"eval_dataset_split": "dev"}, "^eval_dataset_split=dev .* train, test;"),
+    (["train"], {"eval_dataset_split": "test", "dataset": None}, "^eval_dataset_split=test")])
+def test_evaluation_never_reads_the_rows_of_training_unsaid(names, flags, named, saved):
+    folder = saved(*names)
+    fields = {"dataset": folder, **flags}
+    if "eval_dataset" in fields:
+        fields["eval_dataset"] = folder
+    with pytest.raises(InputError, match=named):
+        common.load_train_and_eval_rows(flags_of(**fields), "pairs.jsonl", "pairs_test.jsonl")
+
+
+def flags_of(**given):
+    """The fields of a script's config that choose rows."""
+    names = ("dataset", "dataset_split", "dataset_config", "eval_dataset", "eval_dataset_split")
+    return types.SimpleNamespace(**{**dict.fromkeys(names), **given})
+
+
+def test_a_configuration_is_a_folder_of_its_own(tmp_path):
+    """As on the hub, where the dataset's card says so."""
+    for name in ("main", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "train.jsonl").write_text(json.dumps({"is": name}))
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files: main/*.jsonl\n"
+        "- config_name: other\n  data_files: other/*.jsonl\n---\n")
+    assert list(common.load_rows(tmp_path / "set", config="other")) == [{"is": "other"}]
+    with pytest.raises(InputError, match="--dataset-config"):
+        common.load_rows(tmp_path / "set")
 
 
 def test_a_folder_of_files_is_a_dataset_with_their_splits(tmp_path):
@@ -265,7 +340,7 @@ def prompts(tmp_path, make_tokenizer):
             "{{ turn.content }} {% endfor %}"
             "{% if add_generation_prompt %}</s>{% endif %}"
         )
-        return common.load_prompts(path, tokenizer, **kwargs)
+        return list(common.load_prompts(path, tokenizer, **kwargs))
 
     return load
 
@@ -273,8 +348,10 @@ def prompts(tmp_path, make_tokenizer):
 @pytest.mark.parametrize("column", ["query", "prompt", "text"])
 def test_prompts_are_texts(column, prompts):
     assert prompts([{column: "w4 w5"}, {column: "w6"}]) == [
-        {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "metadata": {column: "w4 w5"}},
-        {"query": "w6", "input_ids": [6], "shown": "w6", "metadata": {column: "w6"}}]
+        {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "messages": None,
+         "metadata": {column: "w4 w5"}},
+        {"query": "w6", "input_ids": [6], "shown": "w6", "messages": None,
+         "metadata": {column: "w6"}}]
 
 
 def test_a_query_is_taken_before_a_text(prompts):
@@ -301,6 +378,22 @@ def test_a_chat_has_its_last_user_turn_to_show(prompts):
     assert prompts([{"messages": chat}])[0]["shown"] == "w7"
 
 
+def test_many_prompts_are_read_one_by_one_or_as_a_slice_and_a_late_fault_has_its_row(
+        tmp_path, make_tokenizer):
+    """More than are tokenized together."""
+    texts = [f"w{4 + i % 90} " * (1 + i % 3) for i in range(2500)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    rows = common.load_prompts(path, make_tokenizer(), max_length=2)
+    assert len(rows) == 2500 and rows[2001]["input_ids"] == [4 + 2001 % 90]
+    assert [row["metadata"]["query"] for row in rows[1999:2003]] == texts[1999:2003]
+    assert [len(row["input_ids"]) for row in rows[-3:]] == [2, 2, 1]
+    with pytest.raises(InputError, match="row 1002: 3 tokens"):
+        path.write_text("".join(json.dumps({"query": "w4 " * (1 + 2 * (i == 1002))}) + "\n"
+                                for i in range(2500)))
+        common.load_prompts(path, make_tokenizer(), longest=2)
+
+
 def test_prompts_are_truncated_to_their_first_tokens(prompts):
     (row,) = prompts([{"query": "w4 w5 w6"}], max_length=2)
     assert row["query"] == "w4 w5" and row["input_ids"] == [4, 5]
@@ -311,10 +404,12 @@ def test_the_row_is_metadata_and_the_query_is_what_the_model_reads(prompts):
     rows = [{"query": "w4 w5", "answer": 7}]
     metadata = {"query": "w4 w5", "answer": 7}
     (row,) = prompts(rows)
-    assert row == {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "metadata": metadata}
+    assert row == {"query": "w4 w5", "input_ids": [4, 5], "shown": "w4 w5", "messages": None,
+                   "metadata": metadata}
     (row,) = prompts(rows, keep_columns=True, max_length=1)
     assert row == {
-        "query": "w4", "input_ids": [4], "shown": "w4", "answer": 7, "metadata": metadata}
+        "query": "w4", "input_ids": [4], "shown": "w4", "messages": None, "answer": 7,
+        "metadata": metadata}
 
 
 def test_a_reward_function_gets_the_prompts_rows_and_imports_its_neighbor(tmp_path):
@@ -324,7 +419,7 @@ def test_a_reward_function_gets_the_prompts_rows_and_imports_its_neighbor(tmp_pa
         "def score(texts, metadata):\n"
         "    return [length(t) - row['answer'] for t, row in zip(texts, metadata)]\n")
     reward = common.load_reward(f"{tmp_path}/mine.py:score")
-    assert reward(["abc", "a"], [{"answer": 1}, {"answer": 5}]) == [2.0, -4.0]
+    assert reward(["abc", "a"], metadata=[{"answer": 1}, {"answer": 5}]) == [2.0, -4.0]
 
 
 @pytest.mark.parametrize(
@@ -455,7 +550,8 @@ def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, nam
 
 
 @pytest.mark.parametrize(
-    "numbers", ["torch.arange(2.)", "[torch.tensor([0.]), 1]", "(i for i in range(2))"]
+    "numbers", ["torch.arange(2.)", "torch.arange(2.)[:, None]", "[torch.tensor([0.]), 1]",
+                "(i for i in range(2))"]
 )
 def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
     (tmp_path / "mine.py").write_text(f"import torch\ndef f(texts):\n    return {numbers}\n")
@@ -463,6 +559,14 @@ def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
     assert [score.item() for score in scores] == [0, 1] and all(
         score.dim() == 0 for score in scores
     )
+
+
+def test_a_dict_of_scores_and_a_label_of_a_function_are_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def f(texts):\n    return {'0': 0.5, '1': 0.7}\n")
+    with pytest.raises(InputError, match="mine.py:f returned a dict"):
+        common.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
+    with pytest.raises(InputError, match="reward_label='good'.*mine.py:f.*no labels"):
+        common.load_reward(f"{tmp_path}/mine.py:f", "good")
 
 
 def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
@@ -536,6 +640,25 @@ def test_a_trainer_reads_its_config_and_an_argument_wins(args, arguments, settin
 def test_an_argument_and_a_config_that_disagree_are_an_error():
     with pytest.raises(InputError, match="max_length=4.*max_length=5"):
         ReadsSettings(Settings(max_length=5), max_length=4)
+
+
+@pytest.mark.parametrize("dtype, frozen, warned", [
+    ("float32", False, False), ("bfloat16", False, True), ("bfloat16", True, False)])
+def test_weights_that_train_in_half_precision_are_warned_of(dtype, frozen, warned, recwarn):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].to(getattr(torch, dtype)).requires_grad_(not frozen)
+    common.warn_of_half_precision(model)
+    assert ["torch_dtype=bfloat16: " in str(warning.message) for warning in recwarn] == (
+        [True] * warned)
+
+
+def test_one_rank_prints_the_learning_rate(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    common.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    common.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
+    assert capsys.readouterr().out.startswith("learning rate 0.032, ")
 
 
 def test_the_default_learning_rate_falls_with_the_square_root_of_the_size():
@@ -886,6 +1009,17 @@ def test_without_dropout_a_model_in_train_mode_computes_what_it_does_in_eval_mod
     common.disable_dropout(model)
     assert model.training and torch.equal(logits(), logits())
     torch.testing.assert_close(logits(), outputs(model, arch)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_that_a_model_reads_from_its_config_is_turned_off_too():
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, hidden_dropout=0.3, attention_dropout=0.3)
+    model = FalconForCausalLM(config).train()
+    ids = torch.arange(4, 12)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    common.disable_dropout(model)
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
 
 
 # ------------------------------------------------------------------------- models with a value head
@@ -1341,12 +1475,12 @@ def test_a_language_model_is_loaded_by_its_kind_with_its_tokenizer_and_dtype(
     model = make_hf_model(arch)
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    tokenizer, loaded = common.load_language_model(str(tmp_path), "bfloat16")
+    tokenizer, loaded = common.load_language_model(str(tmp_path), dtype="bfloat16")
     assert (
         type(loaded) is type(model) and loaded.dtype == torch.bfloat16 and len(tokenizer) == VOCAB
     )
     with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
-        common.load_language_model(str(tmp_path / "nothing"), "float32")
+        common.load_language_model(str(tmp_path / "nothing"), dtype="float32")
 
 
 def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(
@@ -1354,7 +1488,7 @@ def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(
 ):
     folder, model = adapter
     make_tokenizer().save_pretrained(folder)
-    _, loaded = common.load_language_model(str(folder), "float32")
+    _, loaded = common.load_language_model(str(folder), dtype="float32")
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.eval()(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6

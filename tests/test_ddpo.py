@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import math
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,37 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 import ddpo
 from common import TOY, InputError
-from ddpo import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+from ddpo import (
+    DDPOConfig,
+    DDPOStableDiffusionPipeline,
+    DDPOTrainer,
+    DefaultDDPOStableDiffusionPipeline,
+)
 
 RECORDED = json.loads(Path(__file__).with_name("recorded_ddpo.json").read_text())
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a yellow circle"]
@@ -150,10 +175,11 @@ def test_a_denoising_step_worked_by_hand():
     assert mean.item() == pytest.approx(0.928241, abs=1e-6)
 
 
-def test_half_the_eta_is_half_the_noise():
+@pytest.mark.parametrize("eta", [0.5, 0.001])
+def test_the_noise_is_proportional_to_eta(eta):
     alphas = torch.tensor([0.64]), torch.tensor([0.81])
-    std = [ddpo.ddim_mean_std(*one(1.0, 0.5), *alphas, eta)[1].item() for eta in (1.0, 0.5)]
-    assert std[1] == pytest.approx(std[0] / 2)
+    std = ddpo.ddim_mean_std(*one(1.0, 0.5), *alphas, eta)[1].item()
+    assert std == pytest.approx(0.332818 * eta, rel=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.01, 0.5, 1.0])
@@ -194,7 +220,7 @@ def test_noise_clean_latent_and_v_describe_the_same_step():
 def test_a_step_that_ends_without_noise_still_has_a_probability():
     alphas = torch.tensor([0.64]), torch.tensor([1.0])
     mean, std = ddpo.ddim_mean_std(*one(1.0, 0.5), *alphas, eta=1.0)
-    assert 0 < std.item() <= ddpo.MIN_STD * 1.001 and mean.item() == pytest.approx(0.875)
+    assert std.item() == pytest.approx(0.01) and mean.item() == pytest.approx(0.875)
     assert torch.isfinite(ddpo.log_prob(mean + std, mean, std)).all()
 
 
@@ -224,14 +250,14 @@ def test_a_step_without_noise_is_that_of_diffusers(kind, index, schedule, make_p
         clip = schedule.get("clip_sample_range")
         mean, std = ddpo.ddim_mean_std(x, output, alphas[t].view(1), alpha.view(1), 0.5, kind,
                                        clip, rederive)
-        if std.item() > 1.01 * ddpo.MIN_STD:  # diffusers has no floor under sigma
+        if alpha < 1:  # else diffusers' sigma is 0, which has no probability
             torch.testing.assert_close(mean, want, atol=1e-5, rtol=1e-5)
         step = pipeline.scheduler_step(output, t, x, 0.5, rederive, prev_sample=x)
         torch.testing.assert_close(step.log_probs, ddpo.log_prob(x, mean, std))
 
 
 @pytest.mark.parametrize("eta, guidance, spacing", [
-    (1.0, 3.0, "leading"), (0.5, 3.0, "trailing"), (1.0, 1.0, "leading")])
+    (1.0, 3.0, "leading"), (0.5, 3.0, "trailing"), (0.05, 3.0, "leading"), (1.0, 1.0, "leading")])
 def test_images_are_those_of_diffusers_for_the_same_seed(eta, guidance, spacing, make_pipeline,
                                                          tiny):
     pipeline = make_pipeline(timestep_spacing=spacing)
@@ -257,15 +283,22 @@ def test_the_output_of_the_pipeline_has_every_latent_and_every_log_probability(k
         assert tuple(output.images.shape) == shapes[kind]
 
 
-def test_half_precision_latents_are_rounded_before_they_are_scored(make_pipeline):
-    """Otherwise the ratio would not be 1 before the first update."""
-    pipeline = make_pipeline()
-    pipeline.scheduler.set_timesteps(3)
-    output, x = torch.randn(2, 2, 4, 8, 8).bfloat16()
-    t = pipeline.scheduler.timesteps[1]
-    drawn = pipeline.scheduler_step(output, t, x, eta=1.0)
-    scored = pipeline.scheduler_step(output, t, x, eta=1.0, prev_sample=drawn.latents)
-    assert drawn.latents.dtype == torch.bfloat16 and torch.equal(drawn.log_probs, scored.log_probs)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_latents_have_the_noise_that_is_scored_in_every_precision(precision, make_trainer):
+    """At this eta the last sigma is 0.001, while bfloat16 numbers near 1 are 0.008 apart."""
+    trainer = make_trainer(sample_eta=0.05, use_lora=True, mixed_precision=precision)
+    trainer.step(0, 0)
+    alphas = trainer.sd_pipeline.scheduler.alphas_cumprod
+    last = [(call, i) for call in trainer.calls for i in range(2) if call.timesteps[i] == 1]
+    assert len(last) == 4
+    _, sigma = ddpo.ddim_mean_std(*one(1.0, 0.5), alphas[1:2], alphas[0:1], 0.05)
+    sigma = sigma.item()
+    assert 0.0009 < sigma < 0.0011
+    # log p = -z^2 / 2 - log sigma - log(2 pi) / 2, and z^2 is 1 on average over 4 x 256 numbers
+    squares = [-2 * (call.log_probs[i].item() + math.log(sigma) + math.log(2 * math.pi) / 2)
+               for call, i in last]
+    assert {call.latents.dtype for call in trainer.calls} == {torch.float32}
+    assert np.mean(squares) == pytest.approx(1, abs=0.2)  # 4.5 standard deviations of sqrt(2 / n)
 
 
 def test_guidance_worked_by_hand():
@@ -317,10 +350,26 @@ def test_a_prompt_is_compared_with_itself_once_enough_is_remembered():
     assert stats == {"mean": 5.0, "std": pytest.approx(np.std([2, 4, 9])), "count": 3}
 
 
-def test_images_of_one_prompt_are_compared_among_themselves():
-    prompts = ["easy", "hard", "easy", "hard", "alone"]
-    got = ddpo.normalize_by_prompt(prompts, [0.9, 0.2, 0.8, 0.1, 0.5])
-    assert got.tolist() == pytest.approx([1, 1, -1, -1, 0], abs=1e-5)
+def test_groups_are_normalized_by_themselves():
+    got = ddpo.normalize_groups(np.array([0.9, 0.8, 0.1, 0.2, 3.0, 3.0]), 2)
+    assert got.tolist() == pytest.approx([1, -1, -1, 1, 0, 0], abs=1e-5)
+
+
+def test_a_prompt_is_drawn_once_for_all_of_its_images(make_trainer):
+    """Images of a row are compared, not those of a text: rows may differ in other columns."""
+    trainer = make_trainer(lambda images, prompts, rows: [row["n"] * images[i].mean().item()
+                                                          for i, row in enumerate(rows)],
+                           pictures_per_prompt=2, sample_batch_size=1, train_batch_size=1,
+                           sample_num_batches_per_epoch=6, train_learning_rate=0.0)
+    turn, kept = iter(range(100)), []
+    trainer.prompt_function = lambda: ("a red circle", {"n": 10 ** next(turn)})
+    trainer.image_samples_callback = lambda pairs, *args: kept.extend(pairs)
+    trainer.step(0, 0)
+    assert [metadata[0]["n"] for _, _, metadata, _, _ in kept] == [1, 1, 10, 10, 100, 100]
+    advantages = [call.advantages.item() for call in trainer.calls]
+    # each of the 6 samples has 3 timesteps; one image of each row is better, and one worse
+    assert sorted(advantages) == pytest.approx([-1] * 9 + [1] * 9, abs=1e-4)
+    assert next(turn) == 3
 
 
 @pytest.mark.parametrize("fields, want", [
@@ -752,9 +801,10 @@ def test_weights_that_train_are_float32_in_mixed_precision(use_lora, make_traine
     assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
     frozen = {p.dtype for p in parameters if not p.requires_grad}
     assert frozen == ({torch.bfloat16} if use_lora else set())
-    for part in (trainer.sd_pipeline.vae, trainer.sd_pipeline.text_encoder):
-        assert {p.dtype for p in part.parameters()} == (frozen or {torch.float32})
-        assert not any(p.requires_grad for p in part.parameters())
+    text_encoder, vae = trainer.sd_pipeline.text_encoder, trainer.sd_pipeline.vae
+    assert {p.dtype for p in text_encoder.parameters()} == (frozen or {torch.float32})
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for part in (text_encoder, vae) for p in part.parameters())
     assert torch.isfinite(trained_part(trainer)).all()
 
 
@@ -849,6 +899,40 @@ def test_what_is_saved_opens_in_diffusers_and_gives_the_same_images(use_lora, ma
         torch.testing.assert_close(images_of(loaded), images_of(trainer.sd_pipeline))
 
 
+def test_the_text_encoder_part_of_a_lora_is_saved_too(tiny, make_trainer, tmp_path):
+    """Such a part shapes the images in training, and does not train."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny)
+    parts = {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj", "v_proj", "fc1"]}
+    layers = {}
+    for name, modules in parts.items():
+        model = getattr(pipeline, name)
+        model.add_adapter(LoraConfig(
+            r=4, lora_alpha=8, init_lora_weights=False, target_modules=modules))
+        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(
+            get_peft_model_state_dict(model))
+        layers[f"{name}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", **layers)
+
+    mine = DefaultDDPOStableDiffusionPipeline(tiny, lora_weights=str(tmp_path / "lora"))
+    config = DDPOConfig(sample_num_steps=3, mixed_precision="no", output_dir=str(tmp_path / "out"))
+    trainer = DDPOTrainer(config, brightness, lambda: (PROMPTS[0], {}), mine)
+    before = {name: p.clone() for name, p in mine.text_encoder.named_parameters()}
+    trainer.train(1)
+    trainer.save_pretrained(str(tmp_path / "out"))
+    assert all(torch.equal(p, before[name]) for name, p in mine.text_encoder.named_parameters())
+    plain = StableDiffusionPipeline.from_pretrained(tiny)
+    plain.load_lora_weights(tmp_path / "out")
+    got = images_of_diffusers(plain)
+    torch.testing.assert_close(got, images_of(mine), atol=1e-4, rtol=1e-4)
+    plain.text_encoder.disable_adapters()
+    assert (images_of_diffusers(plain) - got).abs().max() > 1e-3
+
+    again = DefaultDDPOStableDiffusionPipeline(tiny, lora_weights=str(tmp_path / "lora"))
+    config = DDPOConfig(**{**config.to_dict(), "resume_from": str(tmp_path / "out")})
+    DDPOTrainer(config, brightness, None, again)
+    torch.testing.assert_close(images_of(again), images_of(mine))
+
+
 def test_full_training_merges_a_lora_that_it_starts_from(make_trainer, tiny, tmp_path):
     trainer = make_trainer(use_lora=True, train_learning_rate=1e-2, lora_alpha=16)
     trainer.step(0, 0)
@@ -892,7 +976,13 @@ def test_the_model_card_says_how_the_model_was_made_and_how_to_load_it(make_trai
     for part in ('load_lora_weights(".")', "num_inference_steps=3", "eta=0.5", "guidance_scale=5.0",
                  "negative_prompt='blue'"):
         assert part in card
-    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    code = card.split("```python\n")[1].split("```")[0]
+    # the trainer's scheduler, whatever the base's own is
+    line = next(line for line in code.splitlines() if line.startswith("pipeline.scheduler"))
+    pipeline = SimpleNamespace(scheduler=EulerDiscreteScheduler())
+    exec(line, {"DDIMScheduler": DDIMScheduler, "pipeline": pipeline})
+    assert not pipeline.scheduler.config.clip_sample
+    compile(code, "card", "exec")
 
 
 def test_another_kind_of_pipeline_is_refused_by_name(tmp_path):
@@ -900,6 +990,123 @@ def test_another_kind_of_pipeline_is_refused_by_name(tmp_path):
     (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(InputError, match="StableDiffusionXLPipeline"):
         DefaultDDPOStableDiffusionPipeline(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler")
+@pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DDPMScheduler,
+                                  DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+def test_latents_are_not_clipped_because_a_scheduler_does_not_say_so(kind, tiny):
+    """DDIM's own default clips them to -1 .. 1, and starts at timestep 0."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipelines = []
+    for scheduler in (kind(**betas), DDIMScheduler(**betas, clip_sample=False, steps_offset=1,
+                                                   set_alpha_to_one=False)):
+        parts = StableDiffusionPipeline.from_pretrained(tiny).components
+        plain = StableDiffusionPipeline(**{**parts, "scheduler": scheduler},
+                                        requires_safety_checker=False)
+        pipelines.append(DDPOStableDiffusionPipeline(plain, use_lora=False))
+    got, want = (images_of(pipeline, steps=8) for pipeline in pipelines)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_schedule_that_asks_for_clipping_keeps_it(make_pipeline):
+    plain = make_pipeline(clip_sample=True, set_alpha_to_one=True, steps_offset=0).sd_pipeline
+    config = DDPOStableDiffusionPipeline(plain, use_lora=False).scheduler.config
+    assert config.clip_sample and config.set_alpha_to_one and config.steps_offset == 0
+
+
+def test_images_are_decoded_one_at_a_time_in_float32(make_trainer):
+    trainer = make_trainer(mixed_precision="bf16", use_lora=True)
+    shapes = []
+    trainer.sd_pipeline.vae.decoder.register_forward_hook(
+        lambda module, args, output: shapes.append((args[0].shape[0], output.dtype)))
+    output, _ = trainer.sample_images(PROMPTS)
+    assert shapes == [(1, torch.float32)] * 4
+    assert output.images.shape == (4, 3, 16, 16) and output.images.dtype == torch.float32
+
+
+def test_a_safety_checker_is_not_moved(make_pipeline):
+    pipeline = make_pipeline(use_lora=True)
+    pipeline.sd_pipeline.safety_checker = torch.nn.Linear(2, 2)
+    names = {type(model).__name__ for model in pipeline.models}
+    assert names == {"CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"}
+
+
+# --------------------------------------------------------------------------------- another pipeline
+@pytest.fixture
+def make_xl():
+    """make_xl(): StableDiffusionXLPipeline of the same weights, latents of 4 x 8 x 8."""
+    def make():
+        torch.manual_seed(0)
+        text = CLIPTextConfig(
+            vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=1, max_position_embeddings=8, projection_dim=12)
+        tokenizer = CLIPTokenizer.from_pretrained(TOY / "pipeline" / "tokenizer")
+        return StableDiffusionXLPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+                norm_num_groups=2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+                sample_size=16),
+            text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+            tokenizer=tokenizer, tokenizer_2=tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                cross_attention_dim=32, attention_head_dim=4, mid_block_type=None,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                addition_embed_type="text_time", addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=12 + 6 * 8),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                timestep_spacing="leading"),
+            add_watermarker=False)
+
+    return make
+
+
+def test_the_class_for_sdxl_in_the_docs_draws_and_trains_as_diffusers(make_xl, tmp_path):
+    page = Path(ddpo.__file__).with_name("docs") / "ddpo.md"
+    (block,) = re.findall(r"```python\n([^`]*class SDXL.*?)```", page.read_text(), re.S)
+    names = {}
+    exec(block, names)
+
+    def images_of_xl(plain):
+        plain.scheduler = DDIMScheduler.from_config(
+            plain.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+        plain.set_progress_bar_config(disable=True)
+        return plain(PROMPTS, negative_prompt=[""] * 4, num_inference_steps=4, eta=1.0,
+                     guidance_scale=5.0, output_type="pt",
+                     generator=torch.Generator().manual_seed(3)).images
+
+    config = DDPOConfig(sample_num_steps=3, train_learning_rate=1e-2, mixed_precision="no",
+                        output_dir=str(tmp_path))
+    trainer = DDPOTrainer(config, brightness, lambda: (PROMPTS[0], {}), names["SDXL"](make_xl()))
+    untouched = images_of_xl(make_xl())
+    torch.testing.assert_close(images_of(trainer.sd_pipeline), untouched, atol=1e-4, rtol=1e-4)
+    trainer.train(1)
+    trainer.save_pretrained(str(tmp_path))
+    plain = make_xl()
+    plain.load_lora_weights(tmp_path)
+    got = images_of_xl(plain)
+    torch.testing.assert_close(got, images_of(trainer.sd_pipeline), atol=1e-4, rtol=1e-4)
+    assert (got - untouched).abs().max() > 1e-3
+
+
+def test_every_model_of_sdxl_is_cast_and_frozen(make_xl, tmp_path):
+    page = Path(ddpo.__file__).with_name("docs") / "ddpo.md"
+    (block,) = re.findall(r"```python\n([^`]*class SDXL.*?)```", page.read_text(), re.S)
+    names = {}
+    exec(block, names)
+    config = DDPOConfig(sample_num_steps=3, mixed_precision="bf16", output_dir=str(tmp_path))
+    pipeline = names["SDXL"](make_xl())
+    trainer = DDPOTrainer(config, brightness, lambda: (PROMPTS[0], {}), pipeline)
+    trainer.step(0, 0)
+    assert math.isfinite(trainer.stats["loss"])
+    for name, dtype in (("text_encoder", torch.bfloat16), ("text_encoder_2", torch.bfloat16),
+                        ("vae", torch.float32)):
+        parameters = list(getattr(pipeline.sd_pipeline, name).parameters())
+        assert {p.dtype for p in parameters} == {dtype}, name
+        assert not any(p.requires_grad for p in parameters), name
 
 
 def test_a_config_of_another_trainer_is_refused(make_pipeline):

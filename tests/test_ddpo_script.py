@@ -150,6 +150,25 @@ def test_full_training_moves_all_of_the_unet_and_nothing_else(tmp_path):
         assert {not torch.equal(a, b) for a, b in pairs} == {part == "unet"}, part
 
 
+@pytest.mark.parametrize("model, given, sizes", [
+    (None, {}, (50, 20, 8, 1, 16)),                          # 8 samples per step, LoRA's scale is 4
+    ("my/model", {}, (100, 50, 4, 2, 4)),                    # 8 samples per step, the scale is 1
+    ("my/model", {"train_batch_size": 2, "num_epochs": 7}, (7, 50, 2, 2, 4))])
+def test_the_sizes_are_those_of_the_toy_or_of_one_s_own_model(model, given, sizes, recwarn):
+    config = ScriptConfig(model_name=model, use_lora=False, **given)
+    names = ("num_epochs", "sample_num_steps", "train_batch_size",
+             "train_gradient_accumulation_steps", "lora_alpha")
+    assert tuple(getattr(config, name) for name in names) == sizes
+    assert not recwarn.list  # a size that nobody gave is no option without effect
+
+
+def test_sizes_that_were_chosen_are_printed_with_their_flags(tmp_path, capsys):
+    main(small(tmp_path, model_name=str(TOY / "pipeline"), num_epochs=1,
+               train_gradient_accumulation_steps=1))
+    out = capsys.readouterr().out
+    assert f"sizes for {TOY / 'pipeline'}: --lora-alpha 4\n" in out
+
+
 def test_any_function_in_a_file_may_be_the_reward(tmp_path):
     (tmp_path / "mine.py").write_text("""
 from neighbor import offset

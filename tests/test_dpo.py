@@ -83,8 +83,21 @@ def make_args(tmp_path):
     return make
 
 
+def with_bos(tokenizer):
+    """The tokenizer, which writes BOS in front of a text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
 @pytest.fixture
-def make(make_args, tokenizer):
+def tokenizer(make_tokenizer):
+    return with_bos(make_tokenizer())
+
+
+@pytest.fixture
+def make(make_args, make_tokenizer, tokenizer):
     """make("gpt2" or a model, ref_model, rows=ROWS, eval_rows=None, args={...}, **arguments)
     -> DPOTrainer."""
     def make(model="gpt2", ref_model=None, rows=ROWS, eval_rows=None, args=None, **kwargs):
@@ -92,7 +105,8 @@ def make(make_args, tokenizer):
             model = hf_model(model)
         sets = {"train_dataset": rows, "eval_dataset": eval_rows}
         sets = {name: Dataset.from_list(data) for name, data in sets.items() if data}
-        kwargs = {"tokenizer": tokenizer, **sets, **kwargs}
+        seq2seq = model is not None and model.config.is_encoder_decoder
+        kwargs = {"tokenizer": make_tokenizer() if seq2seq else tokenizer, **sets, **kwargs}
         return DPOTrainer(model, ref_model, args=make_args(**(args or {})), **kwargs)
 
     return make
@@ -368,6 +382,12 @@ def test_a_row_of_text_by_hand(tokenize):
     assert tokens["rejected_labels"] == [-100] * 3 + ids("w7 w8 </s>")
 
 
+def test_bos_is_written_only_where_the_tokenizer_writes_it(tokenize, make_tokenizer):
+    given = row("w4 w5", " w6", " w7 w8")
+    assert tokenize(given, make_tokenizer())["chosen_input_ids"] == ids("w4 w5 w6 </s>")
+    assert tokenize(given)["chosen_input_ids"] == ids("<s> w4 w5 w6 </s>")
+
+
 def test_a_tokenizer_without_bos_or_eos_gets_none(tokenize, make_tokenizer):
     tokens = tokenize(row("w4", " w6", " w7"), make_tokenizer(bos_token=None, eos_token=None))
     assert tokens["chosen_input_ids"] == ids("w4 w6")
@@ -394,15 +414,16 @@ LONG = " ".join(f" w{i}" for i in range(30, 50))
     ((28, None), 11, 17),
     ((22, None), 11, 11),
     ((16, None), 8, 8)])
-def test_long_rows_are_truncated_and_answers_end_in_eos(limits, prompt, answer, tokenize):
+def test_long_rows_are_truncated_and_complete_answers_end_in_eos(limits, prompt, answer, tokenize):
     limits = dict(zip(("max_length", "max_prompt_length"), limits, strict=True))
     kept = {"keep_end": ids("<s>") + ids(PROMPT)[len(ids(PROMPT)) - (prompt - 1):],
             "keep_start": ids("<s> " + PROMPT)[:prompt]}
     for mode, start in kept.items():
         tokens = tokenize(row(PROMPT, LONG, SHORT), **limits, truncation_mode=mode)
         assert tokens["prompt_input_ids"] == start
-        assert tokens["chosen_input_ids"] == start + ids(LONG)[:answer - 1] + [EOS]
-        assert tokens["chosen_labels"] == [-100] * prompt + ids(LONG)[:answer - 1] + [EOS]
+        long = (ids(LONG) + [EOS])[:answer]
+        assert tokens["chosen_input_ids"] == start + long
+        assert tokens["chosen_labels"] == [-100] * prompt + long
         assert tokens["rejected_input_ids"] == start + ids(SHORT) + [EOS]
 
 
@@ -479,25 +500,233 @@ def test_chats_go_through_the_template_once(given, prompt, chosen, rejected, tok
         assert tokens[f"{name}_labels"] == [-100] * len(ids(prompt)) + ids(answer)
 
 
-def test_an_answer_ends_at_its_end_token_not_at_the_white_space_of_the_template(tokenize):
+# small templates with the habits of known ones: BOS and end token, special tokens, template
+CHATS = {
+    "llama3": ("<B>", "<|eot|>", ["<|start|>", "<|end|>"], (
+        "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n"
+        "{{ m['content'] | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}")),
+    "chatml": (None, "<|im_end|>", ["<|im_start|>"], (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")),
+    # earlier turns lose their thinking, the last one gets an empty thought if it has none
+    "qwen3": (None, "<|im_end|>", ["<|im_start|>"], (
+        "{% if tools %}<|im_start|>system\n{{ tools | length }} tools<|im_end|>\n{% endif %}"
+        "{% for m in messages %}{% set parts = (m['content'] or '').split('</think>') %}"
+        "<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 }}\n</think>\n\n"
+        "{% endif %}{{ parts[-1].strip() }}"
+        "{% if m.tool_calls is defined %}{{ m.tool_calls | length }} calls{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")),
+    "gemma": ("<B>", "<E>", ["<turn>", "</turn>"], (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
+        "<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ m['content'] | trim }}</turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>model\n{% endif %}")),
+    "phi3": ("<B>", "<E>", ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"))}
+# what a conversation of user "a", assistant "yes" is
+RENDERED = {
+    "llama3": ("<B><|start|>user<|end|>\n\na<|eot|><|start|>assistant<|end|>\n\n", "{}<|eot|>"),
+    "chatml": ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"),
+    "qwen3": ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+              "<think>\n\n</think>\n\n{}<|im_end|>"),
+    "gemma": ("<B><turn>user\na</turn>\n<turn>model\n", "{}</turn>"),
+    "phi3": ("<|user|>\na<|end|>\n<|assistant|>\n", "{}<|end|>")}
+
+
+def chat_tokenizer(name):
+    """A tokenizer of bytes with the special tokens and the template of CHATS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.decoders import ByteLevel
+    bos, eos, special, template = CHATS[name]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>",
-        additional_special_tokens=["<|im_start|>"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    model = hf_model("llama", max_position_embeddings=256)
-    given = row([user("a")], [assistant("yes")], [assistant("no")])
-    tokens = tokenize(given, tokenizer, model=model)
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-    prompt = encode("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")
-    assert tokens["chosen_input_ids"] == prompt + encode("yes<|im_end|>")
-    assert tokens["rejected_labels"] == [-100] * len(prompt) + encode("no<|im_end|>")
+        tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token="<|pad|>",
+        additional_special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def split_chat(make):
+    """split_chat(template's name, row, all rows' Arrow types) -> texts of prompt, chosen, rejected.
+
+    The ids are those of the whole texts, and the labels those of the answers."""
+    def split(name, given, **limits):
+        tokenizer = chat_tokenizer(name)
+        model = hf_model("llama", max_position_embeddings=512, vocab_size=300)
+        trainer = make(model, rows=None, tokenizer=tokenizer, **limits)
+        tokens = trainer.tokenize_row(given)
+        first = tokens["prompt_input_ids"]
+        texts = [tokenizer.decode(first)]
+        for answer in ANSWERS:
+            whole, labels = tokens[f"{answer}_input_ids"], tokens[f"{answer}_labels"]
+            text = tokenizer.decode(whole)
+            assert whole == tokenizer(text, add_special_tokens=False).input_ids
+            assert labels == [-100] * len(first) + whole[len(first):]
+            texts.append(tokenizer.decode(whole[len(first):]))
+        return texts
+
+    return split
+
+
+A, YES_A, NO_A = user("a"), assistant("yes"), assistant("no")
+
+
+@pytest.mark.parametrize("given", [
+    row("a", [YES_A], [NO_A]), row([A], [YES_A], [NO_A]), row("a", [A, YES_A], [A, NO_A]),
+    row(None, [A, YES_A], [A, NO_A]), row("something else", [A, YES_A], [A, NO_A]),
+    row([A], [{**A, "name": None}, YES_A], [{**A, "id": "7"}, NO_A]),
+    row([{**A, "tool_calls": None}], [YES_A], [{**NO_A, "tool_calls": None}]),
+    row(None, [A, {**YES_A, "tool_calls": None}], [A, NO_A])],
+    ids=("text", "messages", "text_in_both", "implicit", "another_text", "stray_keys", "nulls",
+         "nulls_in_one_column"))
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_is_what_its_template_renders_split_where_the_answer_begins(name, given, split_chat):
+    prompt, answer = RENDERED[name]
+    assert split_chat(name, given) == [prompt, answer.format("yes"), answer.format("no")]
+
+
+def test_a_trailing_blank_does_not_put_a_conversation_in_twice(split_chat):
+    for name in ("llama3", "gemma"):  # the templates trim
+        prompt, answer = RENDERED[name]
+        for given in (row("a ", [A, YES_A], [A, NO_A]), row([user("a\n")], [A, YES_A], [A, NO_A]),
+                      row(None, [user("a "), YES_A], [A, NO_A])):
+            assert split_chat(name, given) == [prompt, answer.format("yes"), answer.format("no")]
+    prompt, answer = RENDERED["chatml"]
+    given = row(None, [user("a "), YES_A], [A, NO_A])  # one prompt for both
+    want = [prompt.replace("a<", "a <"), answer.format("yes"), answer.format("no")]
+    assert split_chat("chatml", given) == want
+
+
+@pytest.mark.parametrize("name", ("llama3", "chatml", "phi3"))
+def test_a_system_message_that_only_the_answers_have_stands_in_the_prompt_once(name, split_chat):
+    talk = [{"role": "system", "content": "kind"}, A]
+    tokenizer = chat_tokenizer(name)
+    start = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    for prompt in ("a", [A], None):
+        texts = split_chat(name, row(prompt, [*talk, YES_A], [*talk, NO_A]))
+        answer = RENDERED[name][1]
+        assert texts == [start, answer.format("yes"), answer.format("no")]
+
+
+def test_the_last_user_turn_as_prompt_of_whole_conversations_is_not_added_to_them(split_chat):
+    talk = [user("b"), assistant("c"), A]
+    start = chat_tokenizer("chatml").apply_chat_template(
+        talk, tokenize=False, add_generation_prompt=True)
+    texts = split_chat("chatml", row("a", [*talk, YES_A], [*talk, NO_A]))
+    assert texts == [start, "yes<|im_end|>", "no<|im_end|>"]
+
+
+def test_thinking_of_earlier_turns_goes_and_that_of_the_answers_stays(split_chat):
+    talk = [user("b"), assistant("<think>\nhm\n</think>\n\nc"), A]
+    given = row(talk, [assistant("<think>\nso\n</think>\n\nyes")], [NO_A])
+    with pytest.warns(UserWarning, match="chat_template.*thinking"):
+        texts = split_chat("qwen3", given)
+    assert texts == [
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\nso\n</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
+
+
+def test_tools_and_calls_reach_the_template_and_calls_tell_messages_apart(split_chat):
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"x": "1"}}}
+             for name in ("f", "g")]
+    first, second = ({"role": "assistant", "content": "", "tool_calls": [call]} for call in calls)
+    tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
+    result = {"role": "tool", "content": "2"}
+    given = {"tools": [tool], **row([A], [first, result, YES_A], [second, result, NO_A])}
+    prompt, chosen, rejected = split_chat("qwen3", given)
+    assert prompt.startswith("<|im_start|>system\n1 tools<|im_end|>\n<|im_start|>user\na")
+    assert prompt.endswith("<|im_start|>assistant\n")  # the calls differ: they are answers
+    assert chosen.startswith("1 calls<|im_end|>") and chosen.endswith("yes<|im_end|>")
+    assert rejected.startswith("1 calls<|im_end|>") and rejected.endswith("no<|im_end|>")
+
+
+@pytest.mark.parametrize("chosen, rejected", [
+    ([A], [A]), ([], [NO_A]), ([A, YES_A, user("b"), YES_A], [A, YES_A, user("c"), NO_A])],
+    ids=("no_answer", "no_message", "two_questions"))
+def test_answers_that_do_not_begin_with_the_assistant_are_refused(chosen, rejected, make):
+    rows = [row(None, [A, YES_A], [A, NO_A]), row(None, chosen, rejected)]
+    with pytest.raises(InputError, match=r"row 1: chosen, rejected: from message \d on"):
+        make(hf_model("llama", vocab_size=300), rows=rows, tokenizer=chat_tokenizer("chatml"))
+
+
+def test_a_template_that_refuses_a_chat_is_one_sentence_with_the_row(make):
+    talk = [{"role": "system", "content": "kind"}, A]
+    rows = [row([A], [YES_A], [NO_A]), row(talk, [YES_A], [NO_A])]
+    with pytest.raises(InputError, match="row 1.*no system role"):
+        make(hf_model("llama", vocab_size=300), rows=rows, tokenizer=chat_tokenizer("gemma"))
+
+
+def test_pairs_that_differ_only_in_what_the_template_strips_are_equal(make):
+    tokenizer = chat_tokenizer("qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace(" and loop.last", " and false")
+    answers = [assistant(f"<think>{thought}</think>yes") for thought in ("so", "hm")]
+    rows = [row([A], [YES_A], [NO_A]), row([A], *([answer] for answer in answers))]
+    with pytest.warns(UserWarning) as seen:
+        trainer = make(hf_model("llama", vocab_size=300), rows=rows, tokenizer=tokenizer)
+    said = "\n".join(str(warning.message) for warning in seen)
+    assert "dropped 1 of 2 rows, row 1 the first, 0 with an empty prompt" in said
+    assert "leaves thinking out" in said and len(trainer.train_dataset) == 1
+
+
+def test_truncated_rows_are_counted_and_lose_the_end_not_the_generation_prompt(make, split_chat):
+    prompt = RENDERED["chatml"][0]
+    texts = split_chat("chatml", row("a" * 99, [assistant("y" * 99)], [NO_A]), max_length=60,
+                       max_prompt_length=40)
+    assert texts[0].endswith(prompt[-20:]) and texts[1] == "y" * 20
+    assert texts[2] == "no<|im_end|>"
+    with pytest.warns(UserWarning, match="train_dataset: truncated 4 of 6 rows, row 0 the first, "
+                                         "to max_length=6 "):
+        make(max_length=6, max_prompt_length=5)
+
+
+def test_an_empty_prompt_is_bos_so_that_the_first_token_counts_and_samples_begin(
+        make, make_tokenizer):
+    for tokenizer, first in ((make_tokenizer(), BOS), (make_tokenizer(bos_token=None), EOS)):
+        trainer = make(rows=[row("", "w4 w5", "w6")] * 2, tokenizer=tokenizer, max_length=8)
+        assert trainer.train_dataset[0]["chosen_input_ids"] == [first, 4, 5, EOS]
+        texts, _ = trainer.get_batch_samples(trainer.model, batch_of(trainer))
+        assert len(texts) == 2 and any(texts)
+
+
+def test_samples_of_a_chat_end_with_the_template_s_end_token(make):
+    tokenizer = chat_tokenizer("phi3")  # <|end|> ends a turn, and is not EOS
+    model = hf_model("llama", vocab_size=300, max_position_embeddings=512)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    trainer = make(model, rows=[row([A], [YES_A], [NO_A])] * 2, tokenizer=tokenizer, max_length=99)
+    ids = batch_of(trainer)["prompt_input_ids"]
+    with torch.no_grad():  # every answer is a line of <|end|>
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[end] = 50 * model.model(ids[:1]).last_hidden_state[0, -1]
+    answers = trainer.sample(trainer.model, batch_of(trainer))
+    assert answers.tolist() == [[end], [end]]
+
+
+def test_samples_keep_the_blank_between_prompt_and_answer(make):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    pieces = ["<pad>", "<s>", "</s>", "\u2581plot", "\u2581was", "\u2581bland"]
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>",
+                                        eos_token="</s>")
+    model = hf_model("llama", vocab_size=6)
+    trainer = make(model, rows=[row("plot was", " bland", " plot")], tokenizer=tokenizer,
+                   max_length=4)
+    with torch.no_grad():
+        hidden = model.model(batch_of(trainer)["prompt_input_ids"]).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[5] = 50 * hidden
+    (text,), _ = trainer.get_batch_samples(trainer.model, batch_of(trainer))
+    assert text.startswith("plot was bland")
 
 
 def test_the_trainer_takes_chats_without_a_prompt_column(make, make_tokenizer):
@@ -540,6 +769,14 @@ def test_rows_without_information_are_dropped_and_counted(make):
     assert trainer.train_dataset["chosen_labels"][:] == kept["chosen_labels"][:]
     with pytest.raises(InputError, match="train_dataset"), pytest.warns(UserWarning):
         make(rows=rows[-2:])
+
+
+def test_an_answer_to_an_empty_prompt_counts_behind_bos_or_eos(make, make_tokenizer):
+    """Without a token before it nothing predicts an answer's first token."""
+    rows = [row("", " w5", " w6"), *ROWS]
+    for bos, first in ((None, EOS), ("<s>", BOS)):
+        data = make(rows=rows, tokenizer=make_tokenizer(bos_token=bos)).train_dataset
+        assert len(data) == 7 and data[0]["chosen_input_ids"] == [first, 5, EOS]
 
 
 def test_unused_columns_go_and_what_the_caller_passed_in_stays_as_it_was(make_args, tokenizer):
@@ -1244,6 +1481,24 @@ def test_rows_of_similar_length_are_batched_together_if_asked(make):
     assert trainer.train_dataset["length"][:] == lengths
     trainer.train()
     assert len(losses(trainer)) == 2
+
+
+def test_tokens_of_both_answers_are_counted(make):
+    trainer = make(args={"include_num_input_tokens_seen": "non_padding"})
+    trainer.train()
+    seen = [trainer.train_dataset[i] for i in range(4)]  # two steps of two pairs
+    assert trainer.state.num_input_tokens_seen == sum(
+        len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in seen)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "t5"])
+def test_inputs_may_be_shown_to_metrics(arch, make):
+    seen = []
+    trainer = make(arch, args={"include_for_metrics": ["inputs"]},
+                   eval_dataset=Dataset.from_list(ROWS),
+                   compute_metrics=lambda p: seen.append(p.inputs.shape[0]) or {})
+    trainer.evaluate()
+    assert seen == [len(ROWS)]
 
 
 # -------------------------------------------------------- evaluation

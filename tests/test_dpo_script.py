@@ -51,12 +51,15 @@ FEW = write_rows(Path(HOME.name) / "few_pairs.jsonl", PAIRS)
 def small(folder, **fields):
     return {"output_dir": str(folder), "dataset": FEW, "per_device_train_batch_size": 4,
             "max_steps": 2, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
-            "dataloader_pin_memory": False, **fields}
+            "per_device_eval_batch_size": 64, "dataloader_pin_memory": False, **fields}
+
+
+TOY_RUN = {"beta": 3.0, "gradient_checkpointing": False}
 
 
 def run(folder, **fields):
     """The config of a small run, after the run."""
-    config = DPOConfig(**small(folder, **fields))
+    config = DPOConfig(**small(folder, **{**TOY_RUN, **fields}))
     main(config)
     return config
 
@@ -64,10 +67,12 @@ def run(folder, **fields):
 # -------------------------------------------------------- the default run
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """The default run's first 40 steps -> its folder, what it printed, the metrics it returned."""
+    """The toy run's first 40 steps -> its folder, what it printed, the metrics it returned."""
     out, printed = tmp_path_factory.mktemp("run"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        logged = main(DPOConfig(output_dir=str(out), max_steps=40, use_cpu=True, disable_tqdm=True))
+        logged = main(DPOConfig(
+            **TOY_RUN, output_dir=str(out), max_steps=40, use_cpu=True, disable_tqdm=True,
+            per_device_train_batch_size=32, per_device_eval_batch_size=64))
     return out, printed.getvalue(), logged
 
 
@@ -132,14 +137,15 @@ def test_the_learning_rate_follows_the_size_of_the_model(finished_run, tmp_path)
         assert training(folder)[0]["learning_rate"] == pytest.approx(want, rel=1e-6)
 
 
-def test_the_toy_model_has_a_beta_of_3_and_any_other_model_the_usual_one(tmp_path):
-    grads = {}  # at the first step they are proportional to beta
-    own = {"model_name": str(TOY / "model")}
-    for name, fields in {"toy": {}, "given": {"beta": 3.0}, "other": own}.items():
+def test_beta_scales_the_first_gradient_and_a_lora_has_ten_times_the_learning_rate(tmp_path):
+    first = {}
+    for name, fields in {"3": {}, "0.1": {"beta": 0.1}, "lora": {"lora_r": 2}}.items():
         run(tmp_path / name, max_steps=1, max_grad_norm=0, **fields)
-        grads[name] = training(tmp_path / name)[0]["grad_norm"]
-    assert grads["toy"] == pytest.approx(grads["given"], rel=1e-4)
-    assert grads["toy"] == pytest.approx(30 * grads["other"], rel=1e-4)
+        first[name] = training(tmp_path / name)[0]
+    assert first["3"]["grad_norm"] == pytest.approx(30 * first["0.1"]["grad_norm"], rel=1e-4)
+    # sqrt(1e5 / weights): the adapter's few weights count too
+    ratio = first["lora"]["learning_rate"] / first["3"]["learning_rate"]
+    assert 9 < ratio < 10
 
 
 # -------------------------------------------------------- flags
@@ -327,7 +333,8 @@ def ranks(tmp_path_factory):
     held_out = write_rows(folder / "held_out.jsonl", PAIRS[3:10])
     fields = {"eval_dataset": held_out, "max_steps": 3, "learning_rate": 0.01, "optim": "sgd",
               "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2}
-    configs = [small(folder / name, **{**fields, **more}) for name, more in JOBS.items()]
+    configs = [small(folder / name, **TOY_RUN, **{**fields, **more})
+               for name, more in JOBS.items()]
     (folder / "configs.json").write_text(json.dumps(configs))
     (folder / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",

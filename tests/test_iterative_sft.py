@@ -442,7 +442,7 @@ def test_a_config_alone_trains(tmp_path, tokenizer, weights, moved):
     model = still()
     before = weights(model)
     config = IterativeSFTConfig(output_dir=str(tmp_path))
-    assert IterativeSFTTrainer(model, args=config).step(tokens(5, 9))["learning_rate"] == 1e-4
+    assert IterativeSFTTrainer(model, args=config).step(tokens(5, 9))["learning_rate"] == 1e-5
     assert moved(before, model)
 
 

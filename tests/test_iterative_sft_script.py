@@ -32,7 +32,7 @@ FROZEN = {"optim": "sgd", "learning_rate": 1e-12}
 def small(folder, **fields):
     fields = {"prompts_per_round": 4, "num_samples": 3, "max_new_tokens": 6, "num_train_epochs": 3,
               "per_device_train_batch_size": 2, "save_steps": 2, "save_total_limit": None,
-              "disable_tqdm": True, **fields}
+              "disable_tqdm": True, "gradient_checkpointing": False, **fields}
     return IterativeSFTConfig(str(folder), **fields)
 
 

@@ -5,6 +5,7 @@
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -182,10 +183,25 @@ def test_the_device_cache_is_emptied_only_when_asked(asked, make_trainer, make_b
     assert bool(calls) == asked
 
 
-def test_sampling_scoring_and_training_have_one_precision(make_trainer, make_model, make_batch):
+def test_use_cpu_leaves_the_gpu_alone(make_trainer, monkeypatch):
+    given, plain = [], accelerate.Accelerator.__init__
+
+    def begin(self, **kwargs):
+        given.append(kwargs["cpu"])
+        plain(self, **kwargs)
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", begin)
+    make_trainer(use_cpu=True)
+    make_trainer()
+    assert given == [True, False]
+
+
+@pytest.mark.parametrize("how", [
+    {"bf16": True}, {"accelerator_kwargs": {"mixed_precision": "bf16"}}], ids=lambda how: [*how][0])
+def test_sampling_scoring_and_training_have_one_precision(
+        how, make_trainer, make_model, make_batch):
     """Responses sampled in float32 and scored in bfloat16 would come from another policy."""
-    trainer = make_trainer("qwen3", ref_model=make_model("qwen3", seed=3),
-                           accelerator_kwargs={"mixed_precision": "bf16"})
+    trainer = make_trainer("qwen3", ref_model=make_model("qwen3", seed=3), **how)
     seen = []
 
     def note(of):
@@ -619,6 +635,33 @@ def test_sampling_from_another_distribution_than_is_scored_is_warned_about(given
     with pytest.warns(UserWarning, match=list(given)[0]):
         tokens = sampled(trainer, **given)
     assert len(set(tokens)) < 0.8 * len(set(sampled(trainer)))
+
+
+@pytest.mark.parametrize("given", [
+    {"min_length": 70}, {"min_new_tokens": 1}, {"forced_eos_token_id": EOS}, {"typical_p": 0.5},
+    {"begin_suppress_tokens": [4]}, {"sequence_bias": [[[5], 9.0]]}, {"bad_words_ids": [[5]]},
+    {"exponential_decay_length_penalty": (1, 1.1)}, {"encoder_repetition_penalty": 2.0}])
+def test_each_setting_that_changes_the_distribution_is_named(given, make_trainer):
+    with pytest.warns(UserWarning, match=list(given)[0]):
+        sampled(make_trainer(), **given)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2])
+def test_settings_that_change_nothing_are_not_warned_about(temperature, make_trainer):
+    trainer = make_trainer(temperature=temperature)
+    plain = sampled(trainer)
+    off = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "repetition_penalty": 1.0,
+           "typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "use_cache": True,
+           "max_time": 99.0, "num_beams": 1, "pad_token_id": EOS, "temperature": temperature}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sampled(trainer, **off) == plain
+
+
+def test_a_temperature_may_be_an_int_whatever_else_is_given(make_trainer):
+    with pytest.warns(UserWarning, match="top_k"):
+        tokens = sampled(make_trainer(temperature=2), top_k=3)
+    assert len(set(tokens)) == 3
 
 
 @pytest.mark.parametrize("own", [

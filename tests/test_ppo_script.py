@@ -110,6 +110,16 @@ def test_a_killed_run_resumes_to_exactly_the_same_numbers(runs, resumed):
         assert (resumed / name).read_bytes() == (runs / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("file", ["random_states_0.pkl", "optimizer.bin"])
+def test_a_checkpoint_without_a_part_of_the_state_is_one_sentence(file, runs, tmp_path):
+    shutil.copytree(runs / "cut", tmp_path / "cut")
+    for path in (tmp_path / "cut").glob(f"checkpoint-*/{file}"):
+        path.unlink()
+    with pytest.raises(InputError, match="^checkpoint .* is damaged; resume from another: "):
+        main(PPOConfig(**RUN, reward_model=f"{runs}/mine.py:f", output_dir=str(tmp_path / "cut"),
+                       resume_from=str(tmp_path / "cut")))
+
+
 def test_resuming_crosses_the_end_of_an_epoch_at_the_same_row(tmp_path):
     rows = [{"query": f"the plot was {'very ' * i}"} for i in range(9)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -437,7 +447,7 @@ BAD = {
     "no steps": (dict(steps=0), "steps=0"),
     "temperature 0": (dict(temperature=0.0), "temperature=0.0"),
     "chat without template": (dict(rows=[{"messages": [{"role": "user", "content": "hi"}]}] * 4),
-                              "messages.*chat_template"),
+                              "chat_template.*the rows are chats"),
 }
 
 

@@ -101,6 +101,15 @@ def test_statistics_and_kl_coefficient_are_of_all_ranks(name, both, alone):
                                        msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_a_model_with_a_vision_tower_trains_its_text_part(both):
+    one = ranks.vision_update(0, 1)
+    for rank in both:  # DDP would stop at the vision tower, which gets no gradient
+        assert norm(one) > 0
+        off = {name: change - one[name] for name, change in rank["vision"].items()}
+        assert norm(off) < 1e-3 * norm(one)
+    assert not any(change.any() for name, change in one.items() if "vision" in name)
+
+
 def test_the_kl_coefficient_moves_by_the_samples_of_all_ranks(both):
     stats = both[0]["everything"]["stats"]  # of the last update; target 0.6, horizon 50, 8 samples
     error = min(max(stats["objective/kl"].item() / 0.6 - 1, -0.2), 0.2)

@@ -14,6 +14,8 @@ import torch
 import transformers
 from conftest import BOS, EOS, PAD, VOCAB
 from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSequenceClassification,
     HfArgumentParser,
@@ -26,7 +28,6 @@ from reward import (
     RewardConfig,
     RewardDataCollatorWithPadding,
     RewardTrainer,
-    choose_padding,
     compute_accuracy,
     preference_loss,
 )
@@ -269,31 +270,6 @@ def test_what_moves_all_scores_alike_gets_a_gradient_of_exactly_zero(kwargs, mak
     assert model.transformer.ln_f.weight.grad.norm() > 0.01
 
 
-@pytest.mark.parametrize("last,want", [([5, 6], PAD), ([PAD, 6], 1), ([PAD, 1, 2], 3)])
-def test_padding_is_a_token_that_ends_no_text(last, want):
-    assert choose_padding([torch.tensor([9, 9, token]) for token in last], PAD) == want
-
-
-def test_the_model_s_own_padding_is_back_after_a_batch_that_was_padded_with_another(
-        make_trainer, make_tokenizer):
-    trainer = make_trainer(rows=pairs(end=[EOS]), tokenizer=make_tokenizer(pad_token="</s>"))
-    rewards(trainer)
-    assert trainer.model.config.pad_token_id == EOS
-
-
-def test_the_model_s_own_padding_is_back_after_a_forward_pass_that_fails(
-        make_trainer, make_tokenizer):
-    trainer = make_trainer(rows=pairs(end=[EOS]), tokenizer=make_tokenizer(pad_token="</s>"))
-
-    def fail(module, args):
-        raise MemoryError
-
-    trainer.model.register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        rewards(trainer)
-    assert trainer.model.config.pad_token_id == EOS
-
-
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_a_score_is_read_at_the_last_token_even_if_the_end_token_is_the_padding(
         arch, make_trainer, make_tokenizer):
@@ -309,6 +285,14 @@ def test_what_stands_after_the_first_end_token_counts(make_trainer, make_tokeniz
                            tokenizer=make_tokenizer(pad_token="</s>"))
     (chosen,), (rejected,) = rewards(trainer)
     assert abs(chosen - rejected) > 1e-3
+
+
+def test_token_ids_that_end_with_the_pad_token_are_refused(make_trainer, make_tokenizer):
+    rows = list(pairs(end=[EOS]))
+    batch = make_trainer(tokenizer=make_tokenizer(pad_token="</s>")).data_collator(rows)
+    assert batch["input_ids_chosen"][2, -1] == EOS  # the trainer's own copy pads with another
+    with pytest.raises(InputError, match="input_ids_chosen.*ends with the pad token '</s>'"):
+        RewardDataCollatorWithPadding(make_tokenizer(pad_token="</s>"))(rows)
 
 
 def test_the_side_of_the_padding_changes_no_score(make_trainer, make_tokenizer):
@@ -329,6 +313,8 @@ def test_the_side_of_the_padding_changes_no_score(make_trainer, make_tokenizer):
     assert batch_of(left)["input_ids_chosen"][0, 0] == PAD
     same = dict(rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rewards(left), want, **same)
+    collator = RewardDataCollatorWithPadding(make_tokenizer(pad_token="</s>"))
+    torch.testing.assert_close(rewards(make_trainer(data_collator=collator)), want, **same)
     other = make_trainer(tokenizer=make_tokenizer(padding_side="left"))
     torch.testing.assert_close(rewards(other), want, **same)
 
@@ -362,7 +348,7 @@ def test_a_margin_of_none_counts_as_zero(tokenizer):
 
 
 @pytest.mark.parametrize("kwargs,want", [
-    ({}, [5, 6, 7, 8, 9]), ({"max_length": 3}, [5, 6, 7]), ({"max_length": 8}, [5, 6, 7, 8, 9]),
+    ({}, [5, 6, 7, 8, 9]), ({"max_length": 3}, [7, 8, 9]), ({"max_length": 8}, [5, 6, 7, 8, 9]),
     ({"pad_to_multiple_of": 4}, [5, 6, 7, 8, 9] + [PAD] * 3),
     ({"pad_to_multiple_of": 5}, [5, 6, 7, 8, 9]),
     ({"padding": "max_length", "max_length": 7}, [5, 6, 7, 8, 9, PAD, PAD])])
@@ -420,7 +406,9 @@ WHOLE = {"chosen": turns("w4", "w5"), "rejected": turns("w4", "w6")}
 
 @pytest.mark.parametrize("row", [
     {"prompt": "w4", **ANSWERS}, {"prompt": turns("w4"), **ANSWERS}, {"prompt": "w4", **WHOLE},
-    WHOLE], ids=["prompt_is_text", "prompt_is_chat", "prompt_stands_in_both", "no_prompt"])
+    {"prompt": [{"role": "user", "content": "w4 ", "name": "w9"}], **WHOLE}, WHOLE],
+    ids=["prompt_is_text", "prompt_is_chat", "prompt_stands_in_both", "with_blank_and_key",
+         "no_prompt"])
 def test_chats_go_through_the_template_however_the_prompt_is_given(
         row, make_trainer, chat_tokenizer):
     want = [[[BOS, 4, EOS, BOS, 5, EOS], [BOS, 4, EOS, BOS, 6, EOS]]]
@@ -432,15 +420,29 @@ def test_answers_of_the_assistant_may_come_without_a_prompt(make_trainer, chat_t
     assert tokens([ANSWERS], make_trainer, tokenizer=chat_tokenizer) == want
 
 
-def test_max_length_keeps_the_first_tokens_of_texts_token_ids_and_chats(
-        make_trainer, chat_tokenizer):
-    texts = [{"prompt": "w4 ", "chosen": "w5 w6 w7", "rejected": "w8 w9"}]
+def test_max_length_keeps_the_last_tokens_of_texts_token_ids_and_chats(
+        make_trainer, chat_tokenizer, capsys):
+    texts = [{"prompt": "w4 ", "chosen": "w5 w6 w7", "rejected": "w8 w9"},
+             {"chosen": "w4 w5 w6", "rejected": "w9"}]
     chats = [{"chosen": turns("w4 w5 w6"), "rejected": turns("w7")}]
-    assert tokens(texts, make_trainer, max_length=3) == [[[4, 5, 6], [4, 8, 9]]]
+    assert tokens(texts, make_trainer, max_length=3) == [
+        [[5, 6, 7], [4, 8, 9]], [[4, 5, 6], [9]]]
+    assert "training dataset: 1 of 2 pairs are truncated to the last max_length=3 tokens" in (
+        capsys.readouterr().out)
     assert tokens(chats, make_trainer, max_length=2, tokenizer=chat_tokenizer) == [
-        [[BOS, 4], [BOS, 7]]]
-    batch = batch_of(make_trainer(rows=token_rows(([5, 6, 7, 8], [9])), max_length=3))
-    assert batch["input_ids_chosen"].tolist() == [[5, 6, 7]]
+        [[6, EOS], [7, EOS]]]
+    trainer = make_trainer(rows=token_rows(([5, 6, 7, 8], [9])), max_length=3)
+    assert batch_of(trainer)["input_ids_chosen"].tolist() == [[6, 7, 8]]
+    assert "1 of 1 pairs are truncated" in capsys.readouterr().out
+
+
+def test_a_truncated_text_keeps_the_special_tokens_around_it(make_trainer, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    rows = [{"chosen": "w4 w5 w6 w7", "rejected": "w8 w9"}]
+    assert tokens(rows, make_trainer, tokenizer=tokenizer, max_length=4) == [
+        [[BOS, 6, 7, EOS], [BOS, 8, 9, EOS]]]
 
 
 @pytest.mark.parametrize("tokenizer_s,model_s,given,want", [
@@ -455,25 +457,25 @@ def test_a_text_is_cut_to_what_tokenizer_model_and_max_length_allow(
     assert batch_of(trainer)["input_ids_chosen"].shape == (1, want)
     trainer.train()  # no position beyond the model's
     text = " ".join(f"w{4 + i % 90}" for i in range(120))
-    rows = Dataset.from_list([{"chosen": text, "rejected": "w8 " + text}])
+    rows = Dataset.from_list([{"chosen": text, "rejected": text + " w8"}])
     trainer = make_trainer(classifier(n_positions=model_s), rows, tokenizer=tokenizer,
                            max_length=given)
     assert len(trainer.train_dataset[0]["input_ids_chosen"]) == want
 
 
 def test_pairs_whose_sides_are_equal_or_empty_are_left_out_and_counted(make_trainer, capsys):
-    rows = [{"chosen": "w4 w5 w6", "rejected": "w4 w5 w7"}, {"chosen": "w8", "rejected": "w9"},
+    rows = [{"chosen": "w8", "rejected": "w9"}, {"chosen": "w4 w5 w6", "rejected": "w7 w5 w6"},
             {"chosen": "", "rejected": "w9"}, {"chosen": "w9", "rejected": ""},
             {"chosen": "w8 w9", "rejected": "w8"}]
     assert tokens(rows, make_trainer, max_length=2) == [[[8], [9]], [[8, 9], [8]]]
-    out = capsys.readouterr().out
-    assert "3 of 5 pairs" in out and "training" in out and "2 tokens" in out
-    assert tokens(rows[1:2], make_trainer) == [[[8], [9]]] and not capsys.readouterr().out
+    assert ("training dataset: 3 of 5 pairs are dropped, row 1 the first: equal or empty within "
+            "max_length=2 tokens") in capsys.readouterr().out
+    assert tokens(rows[:1], make_trainer) == [[[8], [9]]] and not capsys.readouterr().out
 
 
 def test_token_ids_that_are_equal_once_they_are_cut_are_left_out(make_trainer):
-    rows = token_rows(([4, 5, 6], [4, 5, 7]), ([8, 9, 9], [8, 7, 9]))
-    assert tokens(rows, make_trainer, max_length=2) == [[[8, 9, 9], [8, 7, 9]]]
+    rows = token_rows(([4, 5, 6], [7, 5, 6]), ([8, 9, 9], [8, 7, 9]))
+    assert tokens(rows, make_trainer, max_length=2) == [[[9, 9], [7, 9]]]
 
 
 def test_other_columns_are_kept_from_the_model_and_margin_is_not(make_trainer):
@@ -638,7 +640,7 @@ def test_the_largest_and_least_smoothing_are_accepted(tmp_path):
     ([{"chosen": "w4", "prompt": "w5"}], "prompt.*rejected"),
     ([{"input_ids_chosen": [4], "input_ids_rejected": [5]}], "attention_mask_chosen"),
     ([{"chosen": turns("w4"), "rejected": turns("w5")}], "chat_template"),
-    ([{"chosen": "w4 w5", "rejected": "w4 w6"}], "max_length"),
+    ([{"chosen": "w5 w4", "rejected": "w6 w4"}], "max_length"),
 ], ids=["other_names", "one_side", "no_masks", "chats_without_template", "equal_once_cut"])
 def test_rows_that_cannot_be_trained_on_are_refused_before_training(rows, names, make_trainer):
     with pytest.raises(ValueError, match=names) as error:
@@ -658,19 +660,22 @@ def test_a_head_of_two_labels_is_refused(make_trainer):
         make_trainer(classifier(num_labels=2))
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end_token(make_trainer, make_tokenizer):
-    bare = make_tokenizer(pad_token=None)
-    trainer = make_trainer(classifier(pad_token_id=None), tokenizer=bare)
-    assert bare.pad_token is None and trainer.tokenizer.pad_token == "</s>"
+@pytest.mark.parametrize("pad", [None, "</s>"])
+def test_padding_is_a_token_that_ends_no_text(pad, make_trainer, make_tokenizer):
+    given = make_tokenizer(pad_token=pad)
+    trainer = make_trainer(classifier(pad_token_id=None), tokenizer=given)
+    assert given.pad_token == pad and trainer.tokenizer.pad_token == "<s>"
     want = alone(classifier(), pairs())
     torch.testing.assert_close(rewards(trainer), want, rtol=1e-4, atol=1e-4)
-    assert trainer.model.config.pad_token_id == EOS
+    assert trainer.model.config.pad_token_id == BOS
     trainer.train()
 
 
-def test_a_tokenizer_that_cannot_pad_or_is_not_there_is_refused(make_trainer, make_tokenizer):
+def test_a_tokenizer_that_cannot_pad_or_is_not_there_is_refused(make_trainer):
     with pytest.raises(InputError, match="pad_token"):
-        make_trainer(tokenizer=make_tokenizer(pad_token=None, eos_token=None))
+        only = Tokenizer(models.BPE({"</s>": 0, "a": 1}, []))
+        make_trainer(tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=only, eos_token="</s>"))
     with pytest.raises(InputError, match="tokenizer"):
         make_trainer(tokenizer=None)
 
@@ -738,8 +743,9 @@ def test_the_config_alone_trains(make_args, tokenizer):
     trainer = RewardTrainer(classifier(), args, tokenizer=tokenizer, train_dataset=pairs())
     assert batch_of(trainer)["input_ids_chosen"].shape == (8, 4)
     assert trainer.model.peft_config["default"].r == 2
-    parameters = sum(p.numel() for p in classifier().parameters())
-    assert trainer.args.learning_rate == pytest.approx(2e-3 * math.sqrt(1e5 / parameters))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    # of an adapter ten times the rate of all weights
+    assert trainer.args.learning_rate == pytest.approx(10 * 2e-3 * math.sqrt(1e5 / parameters))
     assert math.isfinite(trainer.train().training_loss)
     assert args.learning_rate is None and args.eval_strategy == "epoch"
 
@@ -751,7 +757,8 @@ def test_an_adapter_that_is_given_wins_over_that_of_the_config(make_trainer):
 
 def test_the_tokenizer_may_be_given_as_processing_class(make_trainer, tokenizer):
     trainer = make_trainer(tokenizer=None, processing_class=tokenizer)
-    assert trainer.tokenizer is tokenizer and trainer.processing_class is tokenizer
+    assert trainer.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert trainer.processing_class is trainer.tokenizer
 
 
 def test_model_init_makes_the_model_and_its_adapter_when_training_begins(make_trainer):

@@ -174,7 +174,7 @@ def small(folder, **fields):
     return ScriptConfig(**{
         "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4,
         "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "eval_strategy": "no",
-        **fields})
+        "gradient_checkpointing": False, **fields})
 
 
 def numbers(row):
@@ -196,13 +196,17 @@ def sampled(rows):
     return [row["score"] for row in rows]
 
 
+TOY_RUN = {"max_steps": 40, "weight_decay": 1.0, "per_device_train_batch_size": 64,
+           "per_device_eval_batch_size": 64, "gradient_checkpointing": False,
+           "save_total_limit": None, "disable_tqdm": True}
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     """The default run cut to 40 steps -> its folder, what it printed, what it returned."""
     out, printed = tmp_path_factory.mktemp("run"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        metrics = main(ScriptConfig(output_dir=str(out), max_steps=40, save_steps=20,
-                                    disable_tqdm=True))
+        metrics = main(ScriptConfig(**TOY_RUN, output_dir=str(out), save_steps=20))
     return out, printed.getvalue(), metrics
 
 
@@ -257,8 +261,8 @@ def test_a_run_killed_after_its_checkpoint_ends_with_the_same_numbers_once_resum
     rows = [{**row, "before_the_kill": row["update"] <= 20} for row in lines(out / "metrics.jsonl")]
     write_rows(tmp_path / "metrics.jsonl", [row for row in rows if row["update"] <= 30])
     write_rows(tmp_path / "samples.jsonl", lines(out / "samples.jsonl")[:8])
-    again = main(ScriptConfig(output_dir=str(tmp_path), max_steps=40, save_strategy="no",
-                              resume_from_checkpoint=str(tmp_path), disable_tqdm=True))
+    again = main(ScriptConfig(**TOY_RUN, output_dir=str(tmp_path), save_strategy="no",
+                              resume_from_checkpoint=str(tmp_path)))
     assert numbers(again) == numbers(metrics)
     got = [{"before_the_kill": False, **row} for row in lines(tmp_path / "metrics.jsonl")]
     def of_both(rows):

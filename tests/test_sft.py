@@ -49,9 +49,9 @@ TEMPLATE = ("{{ '<s> ' }}{% for m in messages %}{{ 'w10 ' if m['role'] == 'user'
             "{% if add_generation_prompt %}{{ 'w11 ' }}{% endif %}")
 TEXTS = ["w4 w5 w6", "w7 w8 w9 w20 w21", "w30", "w31 w32 w33 w34 w35 w36 w37", "w40 w41",
          "w50 w51 w52 w53"]
-PAIRS = [{"prompt": "w4 w5", "completion": "w6"}, {"prompt": "w7", "completion": "w8 w9 w20"},
-         {"prompt": "w30 w31 w32", "completion": "w33 w34"},
-         {"prompt": "w40", "completion": "w41 w42 w43 w44"}]
+PAIRS = [{"prompt": "w4 w5", "completion": " w6"}, {"prompt": "w7", "completion": " w8 w9 w20"},
+         {"prompt": "w30 w31 w32", "completion": " w33 w34"},
+         {"prompt": "w40", "completion": " w41 w42 w43 w44"}]
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
               "t5": {"dropout_rate": 0.0}, "bart": {"dropout": 0.0}}
 
@@ -252,9 +252,9 @@ def test_a_text_gets_one_end_token_and_trains_on_it(make_sft):
 
 
 def test_of_a_prompt_and_completion_only_the_completion_and_its_end_are_in_the_loss(make_sft):
-    trainer = make_sft(rows=[{"prompt": "w4 w5", "completion": "w6"},
-                             {"prompt": "w4", "completion": "w5 w6 </s>"},
-                             {"prompt": "w4 </s>", "completion": "w5"}])  # it writes an end itself
+    trainer = make_sft(rows=[{"prompt": "w4 w5", "completion": " w6"},
+                             {"prompt": "w4", "completion": " w5 w6 </s>"},
+                             {"prompt": "w4 </s>", "completion": " w5"}])  # it writes an end itself
     assert ids(trainer.train_dataset) == [[4, 5, 6, EOS], [4, 5, 6, EOS], [4, EOS, 5, EOS]]
     assert trained_on(trainer) == [[6, EOS], [5, 6, EOS], [5, EOS]]
 
@@ -263,7 +263,7 @@ def test_a_tokenizer_that_closes_what_it_reads_closes_no_prompt_and_no_text_twic
         make_sft, closing_tokenizer):
     trainer = make_sft(rows=[{"text": "w4"}], tokenizer=closing_tokenizer)
     assert ids(trainer.train_dataset) == [[BOS, 4, EOS]]
-    pair = [{"prompt": "w4", "completion": "w5"}]
+    pair = [{"prompt": "w4", "completion": " w5"}]
     trainer = make_sft(rows=pair, tokenizer=closing_tokenizer)
     assert ids(trainer.train_dataset) == [[BOS, 4, 5, EOS]] and trained_on(trainer) == [[5, EOS]]
     trainer = make_sft("t5", rows=pair, tokenizer=closing_tokenizer)  # an encoder reads the end
@@ -301,10 +301,11 @@ def test_after_a_chat_as_prompt_only_the_answer_is_in_the_loss(
 @pytest.mark.parametrize("row, kwargs", [
     ({"messages": CHAT}, {"dataset_kwargs": {"assistant_only_loss": True}}),
     ({"prompt": CHAT[:3], "completion": "w8"}, {})], ids=["chat", "prompt and completion"])
-def test_a_template_that_rewrites_earlier_turns_is_refused(make_sft, chat_tokenizer, row, kwargs):
+def test_the_answers_are_found_in_a_template_that_rewrites_earlier_turns(
+        make_sft, chat_tokenizer, row, kwargs):
+    trained = trained_on(make_sft(rows=[row], tokenizer=chat_tokenizer, **kwargs))
     chat_tokenizer.chat_template = "{{ 'w' ~ (20 + messages | length) }} " + TEMPLATE
-    with pytest.raises(InputError, match="template"):
-        make_sft(rows=[row], tokenizer=chat_tokenizer, **kwargs)
+    assert trained_on(make_sft(rows=[row], tokenizer=chat_tokenizer, **kwargs)) == trained
 
 
 def test_given_tokens_keep_their_labels_and_get_no_end(make_sft):
@@ -489,7 +490,7 @@ def test_chats_and_completions_keep_their_labels_when_packed(chat_tokenizer):
     answers = [IGNORE] * 5 + [6, EOS] + [IGNORE] * 3 + [8, 9, EOS] + [IGNORE] * 5 + [6, EOS]
     assert row["labels"].tolist() == answers
     assert row["input_ids"].tolist() == CHAT_IDS + CHAT_IDS[:7]
-    pairs = Dataset.from_list([{"prompt": "w4", "completion": "w5"}] * 2)
+    pairs = Dataset.from_list([{"prompt": "w4", "completion": " w5"}] * 2)
     (row,) = ConstantLengthDataset(chat_tokenizer, pairs, seq_length=6)
     assert row["labels"].tolist() == [IGNORE, 5, EOS] * 2
 
@@ -765,13 +766,13 @@ def test_rows_are_truncated_to_what_model_and_tokenizer_take_at_most_1024(
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = tokenizer_s
     long = " ".join(["w4"] * 1100)
-    rows = [{"prompt": long, "completion": "w5"}] if arch == "t5" else [{"text": long}]
+    rows = [{"prompt": long, "completion": " w5"}] if arch == "t5" else [{"text": long}]
     (row,) = make_sft(arch, rows=rows, tokenizer=tokenizer).train_dataset
     assert len(row["input_ids"]) == want
 
 
 def test_an_encoder_decoder_s_completion_is_truncated_too(make_sft):
-    rows = [{"prompt": "w4 w5 w6 w7 w8", "completion": "w40 w41 w42 w43"}]
+    rows = [{"prompt": "w4 w5 w6 w7 w8", "completion": " w40 w41 w42 w43"}]
     trainer = make_sft("t5", rows=rows, max_seq_length=3)
     assert ids(trainer.train_dataset) == [[4, 5, 6]] and trained_on(trainer) == [[40, 41, 42]]
 
@@ -810,7 +811,7 @@ def test_dataset_kwargs_switch_special_tokens_and_ends(make_sft, closing_tokeniz
     assert read(texts) == [[BOS, 4, 5, EOS]]
     assert read(texts, add_special_tokens=False) == [[4, 5, EOS]]
     assert read(texts, add_special_tokens=False, append_concat_token=False) == [[4, 5]]
-    pairs = [{"prompt": "w4", "completion": "w5"}]
+    pairs = [{"prompt": "w4", "completion": " w5"}]
     assert read(pairs, add_special_tokens=False, append_concat_token=False) == [[4, 5]]
 
 
@@ -913,14 +914,14 @@ def test_a_config_with_a_folder_alone_trains(tmp_path, tokenizer):
     config, model = SFTConfig(output_dir=str(tmp_path / "out")), hf_model("llama")
     trainer = SFTTrainer(model, args=config, train_dataset=rows_of(TEXTS), tokenizer=tokenizer)
     trainer.train()
-    assert trainer.state.global_step == 8
+    assert trainer.state.global_step == 2 * math.ceil(len(TEXTS) / 2)  # epochs, rows per step
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
     assert trainer.args.learning_rate == pytest.approx(4e-3 * (1e5 / model.num_parameters()) ** 0.5)
     assert config.learning_rate is None and config.eval_strategy == "epoch"  # as it was
     trainer = SFTTrainer(model, args=config, train_dataset=rows_of(TEXTS), tokenizer=tokenizer,
                          eval_dataset=rows_of(TEXTS))
     trainer.train()
-    assert len([row for row in trainer.state.log_history if "eval_loss" in row]) == 8
+    assert len([row for row in trainer.state.log_history if "eval_loss" in row]) == 2
 
 
 BAD_FIELDS = {
@@ -985,10 +986,10 @@ def test_an_infinite_dataset_trains_to_max_steps(make_sft):
     assert trainer.state.global_step == 7 and trainer.state.epoch < 2
 
 
-def test_packing_hands_on_num_of_sequences_and_chars_per_token(make_sft):
+def test_a_packed_stream_has_its_num_of_sequences_and_chars_per_token(make_sft):
     """A buffer of 1 x 4 x 0.1 characters is one text, and rows are shuffled within a buffer."""
-    texts = rows_of([f"w{i} w{i} w{i}" for i in range(10, 40)])
-    kwargs = {"rows": texts, "packing": True, "max_seq_length": 4}
+    texts = rows_of([f"w{i} w{i} w{i}" for i in range(10, 40)]).to_iterable_dataset()
+    kwargs = {"train_dataset": texts, "packing": True, "max_seq_length": 4}
     in_order = [[i, i, i, EOS] for i in range(10, 40)]
     small = make_sft(**kwargs, num_of_sequences=1, chars_per_token=0.1)
     assert ids(small.train_dataset) == in_order
@@ -1054,7 +1055,7 @@ def test_prompts_in_a_torch_dataset_are_not_in_the_loss(how, make_sft, make_conf
         trainer = make_sft(train_dataset=Rows(), data_collator=collator, max_steps=1)
     else:
         trainer = make_configured([], {"train_dataset": Rows()}, response_template="w11",
-                                  max_steps=1)
+                                  max_steps=1, per_device_train_batch_size=4)
     batch = next(iter(trainer.get_train_dataloader()))
     assert batch["labels"].tolist() == [[IGNORE, IGNORE, 5, EOS]] * 4
     trainer.train()
@@ -1168,7 +1169,7 @@ SIZES = {"gpt2": (1, 4)}  # micro-batches of one row; of the other architectures
 @pytest.mark.parametrize("arch", CAUSAL + SEQ2SEQ)
 def test_a_step_descends_the_mean_over_all_tokens_of_its_micro_batches(arch, make_sft):
     """4 rows with 2, 4, 3 and 20 tokens in the loss, each micro-batch with padding of its own."""
-    rows = [*PAIRS[:3], {"prompt": "w4", "completion": "w5 " * 19}]
+    rows = [*PAIRS[:3], {"prompt": "w4", "completion": " w5 " * 19}]
     size, accumulation = SIZES.get(arch, (2, 2))
     trainer = make_sft(arch, rows=rows, max_steps=1, learning_rate=1.0,
                        per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
@@ -1384,12 +1385,33 @@ def test_packed_rows_without_a_label_do_not_stop_the_run(make_sft, chat_tokenize
     assert 0.0 in losses(trainer) and all(math.isfinite(loss) for loss in losses(trainer))
 
 
-def test_the_seed_decides_the_order_of_packed_rows(make_sft):
+def test_packed_rows_come_in_the_documents_order_and_the_seed_decides_that_of_batches(make_sft):
     def read(seed):
-        return ids(make_sft(rows=rows_of(TEXTS * 3), packing=True, max_seq_length=4,
-                            seed=seed).train_dataset)
+        trainer = make_sft(rows=rows_of(TEXTS * 3), packing=True, max_seq_length=4, seed=seed)
+        assert sum(ids(trainer.train_dataset), []) == in_order[:len(in_order) // 4 * 4]
+        return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
 
+    in_order = sum((ids(make_sft(rows=rows_of(TEXTS)).train_dataset)) * 3, [])
     assert read(1) == read(1) != read(2)
+
+
+@pytest.mark.parametrize("length", [3, 4, 7, 50])
+@pytest.mark.parametrize("keep_tail", [False, True])
+def test_packed_rows_in_memory_are_those_of_a_constant_length_dataset(
+        length, keep_tail, make_sft, chat_tokenizer):
+    """Labels and positions too; one text is as long as a row, one of three rows, one empty."""
+    answers = ["w5", "w4 w5", " ".join(["w6"] * 2 * length), "", "w7 w8 w9"]
+    rows = Dataset.from_list([{"prompt": "w10", "completion": answer} for answer in answers])
+    trainer = make_sft(rows=rows, tokenizer=chat_tokenizer, packing=True, max_seq_length=length,
+                       dataset_kwargs={"keep_tail": True} if length == 50 else
+                       {"keep_tail": keep_tail})
+    want = ConstantLengthDataset(chat_tokenizer, rows, seq_length=length, shuffle=False,
+                                 keep_tail=keep_tail or length == 50)
+    got = trainer.train_dataset
+    assert len(got) == len(want)
+    for row, wanted in zip(got, want, strict=True):
+        assert {name: x.tolist() for name, x in row.items()} == {
+            name: x.tolist() for name, x in wanted.items()}
 
 
 # --------------------------------------------------------------------------------- bad input

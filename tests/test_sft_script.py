@@ -32,8 +32,9 @@ from transformers import (
     pipeline,
 )
 
+import sft
 from common import TOY, InputError, setup_ranks
-from sft import SFTConfig, SFTTrainer, main
+from sft import ConstantLengthDataset, SFTConfig, SFTTrainer, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
 IGNORE = -100  # the label of a token that is not in the loss
@@ -68,8 +69,9 @@ FEW = write_rows(Path(HOME.name) / "few.jsonl", [{"text": text} for text in REVI
 
 def small(folder, **fields):
     return SFTConfig(**{"output_dir": str(folder), "dataset": FEW, "max_steps": 2,
-                        "per_device_train_batch_size": 4, "save_strategy": "no",
-                        "logging_steps": 1, **fields})
+                        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 64,
+                        "save_strategy": "no", "save_total_limit": None, "logging_steps": 1,
+                        "gradient_checkpointing": False, **fields})
 
 
 def tiny(folder, arch, template=None, **changes):
@@ -122,7 +124,8 @@ def finished_run(tmp_path_factory):
         state._reset_state(*[True] * (state is AcceleratorState))
     out, screen, bar = tmp_path_factory.mktemp("run"), io.StringIO(), io.StringIO()
     with redirect_stdout(screen), redirect_stderr(bar):
-        main(SFTConfig(output_dir=str(out), max_steps=60))
+        main(SFTConfig(output_dir=str(out), max_steps=60, per_device_train_batch_size=32,
+                       per_device_eval_batch_size=64, gradient_checkpointing=False))
     return out, screen.getvalue(), bar.getvalue()
 
 
@@ -281,6 +284,15 @@ def trainer_of(case, folder, accumulation):
         max_seq_length=6 if packed else None)
 
 
+def evaluated_streams(folder):
+    """The losses of 11 streamed rows, and of their packed rows."""
+    trainer = trainer_of("stream", folder, 1)
+    rows = Dataset.from_list(UNEQUAL)
+    packed = ConstantLengthDataset(trainer.tokenizer, rows, seq_length=6, keep_tail=True)
+    return [trainer.evaluate(held_out)["eval_loss"]
+            for held_out in (rows.to_iterable_dataset(), packed)]
+
+
 def logged(trainer):
     """Loss and norm of the gradient of each step."""
     trainer.train()
@@ -301,6 +313,7 @@ def job_of_two_ranks(folder):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"  # both ranks' own, as a user's is
     main(SFTConfig(**json.loads((folder / "two.json").read_text())))
     results = {case: logged(trainer_of(case, folder, 1)) for case in CASES}
+    results["evaluation"] = evaluated_streams(folder)
     rows = load_dataset("json", data_files=str(folder / "texts.jsonl"), split="train")
     for packing in (False, True):
         (folder / str(packing)).mkdir(exist_ok=True)
@@ -369,6 +382,11 @@ def test_two_ranks_give_what_accumulated_micro_batches_give(case, two_ranks):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
 
 
+def test_two_ranks_count_each_row_of_an_evaluation_stream_once(two_ranks):
+    got = json.loads((two_ranks[0] / "results.json").read_text())["evaluation"]
+    assert got == pytest.approx(evaluated_streams(two_ranks[0]), rel=1e-5)
+
+
 def test_each_rank_may_take_the_mean_over_its_own_tokens(two_ranks):
     folder = two_ranks[0]
     case = "each rank's own mean"
@@ -385,6 +403,27 @@ def test_each_rank_may_take_the_mean_over_its_own_tokens(two_ranks):
 def test_the_main_rank_tokenizes_and_the_others_find_its_work(packing, two_ranks):
     asked = [sum(lines(two_ranks[0] / str(packing) / f"traced-{rank}.txt")) for rank in (0, 1)]
     assert asked[0] >= 30 and asked[1] < 10  # the others look at the first rows
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+def test_an_edited_encoding_takes_effect_though_the_same_rows_were_encoded_before(
+        packing, tmp_path, monkeypatch):
+    """As in a fork: the file of the rows and the library's cache stay."""
+    rows = load_dataset("json", data_files=FEW, split="train")
+    model = AutoModelForCausalLM.from_pretrained(TOY / "blank")
+
+    def first_ids():
+        trainer = SFTTrainer(
+            model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=rows, tokenizer=AutoTokenizer.from_pretrained(TOY / "blank"),
+            packing=packing, max_seq_length=8)
+        return torch.as_tensor(trainer.train_dataset[0]["input_ids"]).tolist()
+
+    before = first_ids()
+    assert first_ids() == before
+    plain = sft.encode_text
+    monkeypatch.setattr(sft, "encode_text", lambda *args: (plain(*args)[0][::-1], None))
+    assert first_ids()[0] == AutoTokenizer.from_pretrained(TOY / "blank").eos_token_id != before[0]
 
 
 # --------------------------------------------------------------------------------- models
@@ -526,7 +565,7 @@ def test_the_sample_of_a_row_as_long_as_the_model_takes_fits_its_positions(tmp_p
 def test_packing_fills_rows_and_keeps_every_token(tmp_path, built):
     data = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in REVIEWS[:30]])
     main(small(tmp_path / "out", dataset=data, packing=True, max_seq_length=50))
-    lengths = [len(ids) for ids in built[0].train_dataset["input_ids"]]
+    lengths = [len(row["input_ids"]) for row in built[0].train_dataset]
     tokenizer = built[0].processing_class
     assert set(lengths[:-1]) == {50}
     assert sum(lengths) == sum(len(tokenizer(text).input_ids) + 1 for text in REVIEWS[:30])
@@ -582,6 +621,17 @@ def test_torch_dtype_is_the_type_of_the_weights(dtype, want, tmp_path, built):
     main(small(tmp_path / "out", model_name=str(name), torch_dtype=dtype, learning_rate=1e-5,
                max_steps=1))
     assert built[0].model.dtype == want
+
+
+def test_an_adapter_has_ten_times_the_learning_rate_which_is_printed(tmp_path, capsys):
+    main(small(tmp_path / "out", lora_r=2))
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    weights = AutoModelForCausalLM.from_pretrained(TOY / "blank").num_parameters() + sum(
+        weight.numel() for weight in trained.values())
+    rate = 10 * 4e-3 * math.sqrt(1e5 / weights)
+    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["learning_rate"] == pytest.approx(rate)
+    assert f"learning rate {rate:.2g}, by the model's size; --learning-rate " in (
+        capsys.readouterr().out)
 
 
 def test_the_learning_rate_falls_with_the_root_of_the_size_unless_given(tmp_path):
@@ -692,6 +742,32 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(saved_run, 
     (out / "checkpoint-2" / "trainer_state.json").unlink()
     main(small(out, max_steps=4, resume_from_checkpoint=str(out)))
     assert [row["update"] for row in metrics(out) if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_a_part_of_the_state_is_one_sentence(file, saved_run, tmp_path):
+    shutil.copytree(saved_run, tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-2" / file).unlink()
+    with pytest.raises(InputError, match="checkpoint-2 is damaged; .* no (optimizer|schedule) "):
+        main(small(tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out/checkpoint-2")))
+
+
+def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on(tmp_path):
+    fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "eval_dataset": FEW,
+              "lr_scheduler_type": "constant"}
+    main(small(tmp_path, **fields))
+    before = {file: (tmp_path / file).read_bytes()
+              for file in ("model.safetensors", "metrics.jsonl", "samples.jsonl")}
+    again = {**fields, "resume_from_checkpoint": str(tmp_path)}
+    with pytest.raises(InputError, match="checkpoint-3: its run has ended; raise --num-train-"):
+        main(small(tmp_path, **again))
+    assert {file: (tmp_path / file).read_bytes() for file in before} == before
+    assert (tmp_path / "checkpoint-3").exists()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"update": 9, "prompt": "half a li')  # what a kill may leave
+    main(small(tmp_path, **{**again, "max_steps": 4}))
+    assert [row["update"] for row in lines(tmp_path / "samples.jsonl")] == [0] * 5 + [3] * 5 + [
+        4] * 5
 
 
 def test_a_fresh_run_refuses_a_folder_with_checkpoints(saved_run):
