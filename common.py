@@ -3,15 +3,19 @@
 Part 1, what an algorithm needs:
     set_seed, setup_ranks                    one seed everywhere; torchrun's processes form a group
     logprobs_from_logits, masked_mean, ...   log-probabilities, statistics over unmasked tokens
+    only_logits_of, disable_dropout, ...     forward passes without waste and without noise
     AutoModelForCausalLMWithValueHead        a language model with a value head (also: Seq2Seq)
     create_reference_model, copy_adapter     the policy that training starts from, frozen
     generate                                 one sampled response per prompt
 
-Part 2, what a command line needs:
-    run                                      flags in, one clear sentence out
-    load_rows, load_prompts, load_reward     data and rewards: a file, a folder or a hub name
+Part 2, the machinery:
+    run, explain, check_ranges, ...          the command line: flags in, one clear sentence out
+    load_rows, load_prompts                  data: a file, a folder or a hub name
+    render_chat, tokenize_chat, join_chat    chats: the template, and what the assistant writes
+    load_reward, reward_inputs               rewards: a function or a classifier, and what it reads
     load_language_model, prepare_training    models and adapters
     writable_folder, MetricsFile, ...        the output folder and its files
+    start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
     RetiredArguments, replace_retired        fields of transformers 4's TrainingArguments
     LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
 
@@ -63,11 +67,7 @@ from transformers import (
     PreTrainedConfig,
     TrainerCallback,
 )
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-)
+from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -189,6 +189,7 @@ def whiten(values, shift_mean=True):
     return masked_whiten(values, torch.ones_like(values), shift_mean)
 
 
+# ----------------------------------------------------------------------------- forward passes
 def check_finite(loss, done, of="optimizer steps"):
     """Raise InputError before a loss that is not finite reaches a weight."""
     if not torch.isfinite(loss):
@@ -539,14 +540,6 @@ REFUSED = {  # argument: (the value that is allowed, why no other is)
     "num_return_sequences": (1, "generate gives one response per prompt; repeat the prompt"),
     "generation_config": (None, "give its settings one by one (max_new_tokens=...)"),
 }
-HARMLESS = (  # arguments that leave the distribution of the next token as it is
-    "do_sample", "num_beams", "max_new_tokens", "max_length", "max_time", "stop_strings",
-    "stopping_criteria", "tokenizer", "streamer", "synced_gpus", "use_cache", "past_key_values",
-    "cache_implementation", "cache_config", "bos_token_id", "eos_token_id", "pad_token_id",
-    "decoder_start_token_id", "decoder_input_ids", *REFUSED)
-RESHAPING = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only in generate's sampling
-OFF = (None, False, 0, -1)  # so TRL 0.7's examples write it
-OFF_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale")
 
 
 @torch.no_grad()
@@ -568,11 +561,11 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
     if len({len(prompt) for prompt in prompts}) > 1:
         refuse_virtual_tokens(language_model)
     own = language_model.generation_config
-    settings, kwargs = sampling_settings(own, tokenizer, policy_temperature, kwargs)
+    settings, kwargs = sampling_settings(own, policy_temperature, kwargs)
     end_ids = end_token_ids(tokenizer, own.eos_token_id, kwargs.get("eos_token_id"))
     fill = padding_token_id(tokenizer, end_ids)
     kwargs.update(eos_token_id=sorted(end_ids) or None, pad_token_id=fill)
-    is_stopped = any(kwargs.get(name) for name in ("stop_strings", "stopping_criteria"))
+    stop_fill = fill if kwargs.get("stop_strings") or kwargs.get("stopping_criteria") else None
     # positions count from the first token of a decoder's prompt, so its padding is on the left
     side = "right" if seq2seq else "left"
     if model.config.model_type == "recurrent_gemma":
@@ -583,8 +576,7 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
     model.eval()
     language_model.generation_config = settings
     try:
-        for start in range(0, len(prompts), batch_size):
-            batch = by_length[start:start + batch_size]
+        for batch in split(by_length, batch_size):
             rows = [prompts[i] for i in batch]
             ids = pad_sequence(rows, True, fill, side).to(model.device)
             ones = [torch.ones_like(row) for row in rows]
@@ -592,10 +584,10 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
             if length_sampler is not None:
                 kwargs["max_new_tokens"] = length_sampler()
             output = model.generate(input_ids=ids, attention_mask=mask, **kwargs)
-            first = 0 if seq2seq else ids.shape[1]
+            if not seq2seq:
+                output = output[:, ids.shape[1]:]
             for i, row in zip(batch, output, strict=True):
-                responses[i] = cut_response(row[first:], end_ids, int(seq2seq),
-                                            fill if is_stopped else None)
+                responses[i] = cut_response(row, end_ids, int(seq2seq), stop_fill)
     finally:
         model.train(was_training)
         language_model.generation_config = own
@@ -622,10 +614,10 @@ def end_token_ids(tokenizer, *ids):
     return ends - {None}
 
 
-def cut_response(response, end_ids, first=0, fill=None):
-    """Cut a response [T] after its first end token at or behind position `first`.
+def cut_response(response, end_ids, first, fill):
+    """Cut a response [T] after its first end token at position `first` or later.
 
-    fill: fills a row that a stop string or a criterion has ended; it is cut off."""
+    fill: the token that fills a row after a stop string, which is cut off; or None."""
     tokens = response.tolist()
     for i, token in enumerate(tokens[first:], start=first):
         if token in end_ids:
@@ -647,12 +639,22 @@ def padding_token_id(tokenizer, end_ids):
                      "texts; set another tokenizer.pad_token")
 
 
-def sampling_settings(own, tokenizer, temperature, kwargs):
+HARMLESS = (  # arguments that leave the distribution of the next token as it is
+    "do_sample", "num_beams", "max_new_tokens", "max_length", "max_time", "stop_strings",
+    "stopping_criteria", "tokenizer", "streamer", "synced_gpus", "use_cache", "past_key_values",
+    "cache_implementation", "cache_config", "bos_token_id", "eos_token_id", "pad_token_id",
+    "decoder_start_token_id", "decoder_input_ids", *REFUSED)
+RESHAPING = (  # arguments that only generate's own sampling reads
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OFF = (None, False, 0, -1)  # so TRL 0.7's examples write it
+OFF_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale")
+
+
+def sampling_settings(own, temperature, kwargs):
     """Return the generation config to use, and the arguments of `generate`.
 
-    Sampling draws from softmax(logits / temperature), whatever top-k, beams or penalties the
-    model's own config has: the policy that samples is then the policy that is scored. Settings in
-    kwargs that change the distribution are used, with a warning."""
+    Sampling draws from softmax(logits / temperature), the policy that is scored, whatever top-k,
+    beams or penalties the model's own config has. Those in kwargs are used, with a warning."""
     if not kwargs.get("do_sample", own.do_sample):
         return own, kwargs
     if kwargs.get("num_beams", 1) != 1:
@@ -662,17 +664,14 @@ def sampling_settings(own, tokenizer, temperature, kwargs):
     settings = GenerationConfig(**{name: getattr(own, name) for name in kept})
     plain = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     given = {**plain, **kwargs}
-    given["temperature"] = float(given["temperature"] or temperature)  # generate takes no 2
-    reshaped = [name for name in plain if given[name] not in (plain[name], None)]
-    reshaped += [name for name in RESHAPING if name in kwargs and not is_off(name, kwargs[name])]
-    others = [name for name in kwargs if name not in (*HARMLESS, *RESHAPING, *plain)]
-    others = [name for name in others if not is_off(name, kwargs[name])]
-    if reshaped or others:
-        changes = {name: given[name] for name in (*reshaped, *others)}
+    given["temperature"] = float(given["temperature"] or temperature)  # generate refuses an int
+    names = [name for name in given if name not in HARMLESS]
+    changes = {name: given[name] for name in names if not is_off(name, given[name], plain)}
+    if changes:
         warnings.warn(f"responses are sampled with {changes} and scored with temperature "
                       f"{temperature} alone: ratio and KL are those of another policy",
                       stacklevel=4)
-    if reshaped:
+    if set(changes) & set(RESHAPING):
         return settings, given
     draw = [*kwargs.get("logits_processor", []), TemperatureLogitsWarper(float(temperature)),
             SampleToken()]
@@ -681,8 +680,12 @@ def sampling_settings(own, tokenizer, temperature, kwargs):
     return settings, {**kwargs, "logits_processor": LogitsProcessorList(draw), "do_sample": False}
 
 
-def is_off(name, value):
-    """Return whether an argument of `generate` has the value that changes nothing."""
+def is_off(name, value, plain):
+    """Return whether an argument of `generate` has the value that changes nothing.
+
+    plain: {name: this value} of some arguments; None changes nothing there, too."""
+    if name in plain:
+        return value in (plain[name], None)
     if isinstance(value, (list, tuple, dict)):
         return not value
     return value in OFF or (value == 1 and name in OFF_AT_ONE)
@@ -715,10 +718,7 @@ def run(main, config_class, toy="", own="", lora=""):
     traceback. torchrun stops the other ranks as soon as one has failed."""
     import datasets
     import transformers
-    from torch.distributed.elastic.multiprocessing.errors import (
-        get_error_handler,
-        record,
-    )
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -744,8 +744,7 @@ def run(main, config_class, toy="", own="", lora=""):
 
 
 def default_flags(words, toy, own, lora):
-    """Return the flags of the kind of model that `words` name; print those that are not the toy's.
-    """
+    """Return the default flags for the model that `words` name; print them unless it is the toy."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-name", "--model_name")
     parser.add_argument("--lora-r", "--lora_r", default="0")
@@ -769,20 +768,18 @@ def print_once(line):
         print(line)
 
 
-def parse_json_or_name(words):
-    """Read JSON if the word begins with {, else a file's name."""
-    return json.loads(words[0]) if words[0].startswith("{") else words[0]
-
-
 def json_flag(field):
     """Tell tyro how to read a field that takes a dict or a file's name, such as --fsdp-config."""
     from tyro.constructors import PrimitiveConstructorSpec
     if not any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
         return None
+
+    def read(words):
+        return json.loads(words[0]) if words[0].startswith("{") else words[0]
+
     return PrimitiveConstructorSpec(
-        nargs=1, metavar="JSON|FILE",
+        nargs=1, metavar="JSON|FILE", instance_from_str=read,
         is_instance=lambda value: isinstance(value, (dict, str, type(None))),
-        instance_from_str=parse_json_or_name,
         str_from_instance=lambda value: [json.dumps(value)])
 
 
@@ -845,36 +842,12 @@ def read_settings(trainer_class, args, **arguments):
     defaults = {field.name: field.default for field in fields(args)}
     settings = {}
     for name, value in arguments.items():
-        is_given = value is not parameters[name].default and value != parameters[name].default
+        is_given = value != parameters[name].default
         in_config = getattr(args, name, None)
         if is_given and in_config not in (None, defaults.get(name), value):
             raise InputError(f"{name}={value!r}, and {name}={in_config!r} in args: give it once")
         settings[name] = value if is_given or in_config is None else in_config
     return settings
-
-
-def scale_learning_rate(rate, model):
-    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
-
-    An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
-    rate *= math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
-    rate *= 10 if hasattr(model, "peft_config") else 1
-    print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
-    return rate
-
-
-def use_few_threads(model):
-    """Use one thread for a model below a million weights: splitting its products takes longer."""
-    if sum(p.numel() for p in model.parameters()) < 10**6:
-        torch.set_num_threads(1)
-
-
-def warn_of_half_precision(model):
-    """Warn if weights that are trained are in half precision."""
-    kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad} - {"float32"}
-    for kind in kinds:
-        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below their "
-                      "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
 
 
 # ----------------------------------------------------------------------------- data
@@ -917,9 +890,9 @@ def load_splits(name, config=None):
 
 
 def map_options(args, rows, num_proc):
-    """Return options for `rows.map`: the first process of a machine works, the others read it.
+    """Return options for `rows.map`: a machine's first process fills the cache, the others read it.
 
-    What an earlier run has left in the cache is not used: the code may be another since."""
+    The cache of an earlier run is not used: the code may have changed."""
     from datasets import IterableDataset
     if isinstance(rows, IterableDataset):
         return {}
@@ -989,7 +962,7 @@ class Prompts(torch.utils.data.Dataset):
 
     The arguments and the rows are those of `load_prompts`. A slice is a list of rows."""
 
-    def __init__(self, rows, column, tokenizer, max_length=None, keep_columns=False):
+    def __init__(self, rows, column, tokenizer, max_length, keep_columns):
         self.rows, self.column, self.tokenizer = rows, column, tokenizer
         self.max_length, self.keep_columns = max_length, keep_columns
 
@@ -1004,22 +977,13 @@ class Prompts(torch.utils.data.Dataset):
         messages = question_of(value) if is_chat(value) else None
         ids = prompt_ids(tokenizer, value, row)[:self.max_length]
         query = tokenizer.decode(ids)
-        shown = text_to_show(messages, tokenizer) if messages else query
-        prompt = {"query": query, "input_ids": ids, "shown": shown, "messages": messages,
-                  "metadata": row}
+        prompt = {"query": query, "input_ids": ids, "messages": messages, "metadata": row,
+                  "shown": text_to_show(messages or query)}
         return {**(row if self.keep_columns else {}), **prompt}
 
 
-def longest_prompt(model, max_new_tokens):
-    """Return how many tokens of a prompt leave room for the response; None: any number."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return None
-    return positions if model.config.is_encoder_decoder else positions - max_new_tokens
-
-
 def is_chat(prompt):
-    """Is this prompt a list of chat messages?"""
+    """Return whether a prompt is a list of chat messages."""
     return isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
@@ -1035,6 +999,14 @@ def prompt_ids(tokenizer, prompt, row=None):
     if is_chat(prompt):
         return chat_ids(tokenizer, question_of(prompt), row, add_generation_prompt=True)
     return list(prompt or [])
+
+
+def text_to_show(prompt):
+    """Return what samples show of a prompt: of a chat the last user turn, else its text."""
+    if not is_chat(prompt):
+        return prompt or ""  # a chat without messages is an empty list
+    turns = [turn["content"] for turn in prompt if turn["role"] == "user"]
+    return str((turns or [prompt[-1]["content"]])[-1])
 
 
 # ----------------------------------------------------------------------------- chats
@@ -1066,7 +1038,7 @@ def without_nulls(value):
 def render_chat(tokenizer, messages, row=None, add_generation_prompt=False):
     """Render chat messages as text. A whole chat ends with its last special token.
 
-    The white space that many templates write behind it is never sampled."""
+    The white space that many templates write after it is never sampled."""
     text = apply_template(tokenizer, messages, row, tokenize=False,
                           add_generation_prompt=add_generation_prompt)
     stripped = text.rstrip()
@@ -1094,9 +1066,9 @@ def chat_ids(tokenizer, messages, row=None, add_generation_prompt=False):
 def tokenize_chat(tokenizer, messages, row=None, first=0):
     """Tokenize a chat. Returns its ids [T], and a mask [T] of what the assistant writes in it.
 
-    The mask is 1 in the assistant's turns from message `first` on: behind the generation prompt,
-    up to the turn's end token. It is 0 for a turn that can't be found in the rendered chat.
-    A template with {% generation %} marks says itself what the assistant writes."""
+    The mask is 1 in the assistant's turns from message `first` on: after the generation prompt, up
+    to and with the turn's end token. It is 0 for a turn that the rendered chat does not have. A
+    template with {% generation %} marks itself says what the assistant writes."""
     text = render_chat(tokenizer, messages, row)
     warn_of_lost_thinking(text, messages)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -1122,10 +1094,11 @@ def split_chat(tokenizer, prompt, answer, row=None):
     """Render a chat, and split the text where the first message of `answer` begins.
 
     prompt, answer: messages. The assistant writes the answer's first message."""
-    text = render_chat(tokenizer, prompt + answer, row)
-    warn_of_lost_thinking(text, prompt + answer)
+    messages = prompt + answer
+    text = render_chat(tokenizer, messages, row)
+    warn_of_lost_thinking(text, messages)
     warn_of_missing_end(tokenizer, text)
-    span = span_of_turn(tokenizer, text, prompt + answer, len(prompt), row)
+    span = span_of_turn(tokenizer, text, messages, len(prompt), row)
     if span is None:
         raise InputError(f"chat_template (tokenizer): it leaves out the answer {answer[0]}; remove "
                          "the row, or give texts")
@@ -1140,7 +1113,7 @@ def span_of_turn(tokenizer, whole, messages, i, row=None):
     content = span_of_content(tokenizer, whole, messages, i, row)
     if content is None:
         return None
-    # 1. It begins behind its generation prompt, or what is left of that in the whole chat
+    # 1. It begins after its generation prompt, or what is left of that in the whole chat
     start = content[0]
     header = generation_prompt(tokenizer, row)
     previous = span_of_content(tokenizer, whole, messages, i - 1, row) if i else None
@@ -1153,7 +1126,7 @@ def span_of_turn(tokenizer, whole, messages, i, row=None):
     if i and not header:
         until_here = render_chat(tokenizer, messages[:i], row, add_generation_prompt=True)
         start = len(until_here) if whole.startswith(until_here) else start
-    # 2. It ends where the chat up to here does, or with the first special token behind its content
+    # 2. It ends where the chat up to here does, or with the first special token after its content
     until_here = render_chat(tokenizer, messages[:i + 1], row)
     if whole.startswith(until_here):
         return start, len(until_here)
@@ -1207,7 +1180,7 @@ def chat_end_id(tokenizer):
 def warn_of_missing_end(tokenizer, text):
     """Warn of a chat whose answer ends with no special token: the model does not learn to end."""
     if not text.endswith(special_tokens(tokenizer)):
-        warnings.warn("chat_template (tokenizer): it writes no end token behind an answer, so the "
+        warnings.warn("chat_template (tokenizer): it writes no end token after an answer, so the "
                       "model does not learn to end; set a template that does", stacklevel=2)
 
 
@@ -1247,6 +1220,9 @@ def same_messages(first, second):
 
 
 # ----------------------------------------------------------------------------- rewards
+INPUTS = ("texts", "prompts", "responses", "messages", "metadata")  # of a reward
+
+
 def load_function(argument, name):
     """Load `file.py:function`, whose file may import its neighbors. Raises InputError."""
     file, _, function = str(name).rpartition(":")
@@ -1264,8 +1240,8 @@ def load_reward(name, label=None, device="cpu", **kwargs):
 
     name: `file.py:function`, or a sequence classifier's folder or hub name, whose score is the
     logit of its only label, or of `label` (name or number). The function returns one number per
-    text. It gets those of the inputs that its arguments name; if the first has another name, it
-    gets texts. kwargs: for the classifier's from_pretrained."""
+    text. It gets those of the inputs that its arguments name (all, if it takes **kwargs); if the
+    first has another name, it gets texts. kwargs: for the classifier's from_pretrained."""
     if str(name).rpartition(":")[0].endswith(".py"):
         if label is not None:
             raise InputError(f"reward_label={label!r} (reward_model {name}): a function has no "
@@ -1273,12 +1249,14 @@ def load_reward(name, label=None, device="cpu", **kwargs):
         score = load_function("reward_model", name)
     else:
         score = load_classifier(name, label, device, **kwargs)
-    arguments = list(inspect.signature(score).parameters)
+    parameters = inspect.signature(score).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes_texts = next(iter(parameters), None) not in INPUTS
 
     def reward(texts, **inputs):
-        inputs["texts"] = texts
-        first = [] if arguments[0] in INPUTS else [texts]
-        named = {name: inputs[name] for name in arguments[len(first):] if name in inputs}
+        first = [texts] if takes_texts else []
+        inputs = inputs if takes_texts else {"texts": texts, **inputs}
+        named = {name: inputs[name] for name in inputs if takes_all or name in parameters}
         with explain(f"reward_model {name} failed on {len(texts)} texts, the first: {texts[0]!r}"):
             scores = score(*first, **named)
             if isinstance(scores, dict):
@@ -1290,9 +1268,6 @@ def load_reward(name, label=None, device="cpu", **kwargs):
         return scores
 
     return reward
-
-
-INPUTS = ("texts", "prompts", "responses", "messages", "metadata")
 
 
 def reward_inputs(tokenizer, prompts, responses, is_encoder_decoder):
@@ -1333,13 +1308,13 @@ def join_texts(tokenizer, prompts, responses, is_encoder_decoder):
 def judged_ids(tokenizer, text, row=None, max_length=None):
     """Return the token ids that a classifier reads, in training and in use.
 
-    text: a text, or the messages of a chat. Of a longer one its last max_length tokens: the
-    response is at the end. row: see apply_template."""
-    is_chat = not isinstance(text, str)
-    if is_chat:
+    text: a text, or the messages of a chat. A longer one keeps its last max_length tokens, since
+    the response is at the end. row: see apply_template."""
+    is_text = isinstance(text, str)
+    if not is_text:
         messages, text = text, render_chat(tokenizer, text, row)
         warn_of_lost_thinking(text, messages)
-    return tokenizer(text, add_special_tokens=not is_chat, truncation=max_length is not None,
+    return tokenizer(text, add_special_tokens=is_text, truncation=max_length is not None,
                      max_length=max_length, verbose=False).input_ids
 
 
@@ -1377,15 +1352,6 @@ def set_classifier_padding(model, tokenizer):
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def longest_text(model, tokenizer):
-    """Return how many tokens of a text a classifier can read."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-            longest -= module.padding_idx + 1  # RoBERTa counts positions from behind this one
-    return min(longest, tokenizer.model_max_length)
-
-
 JUDGED_TOKENS = 2**14  # of texts that a classifier reads at once, padding included
 
 
@@ -1404,16 +1370,16 @@ def load_classifier(name, label, device, **kwargs):
     if model.config.num_labels > 1 and label is None:
         raise InputError(f"reward_model {name} has {model.config.num_labels} labels: choose the "
                          f"one that is the score with --reward-label, one of {', '.join(names)}")
-    if label is not None and label not in labels:
+    if label is not None and str(label) not in labels:
         raise InputError(f"reward_label {label!r} is none of {', '.join(names)}")
-    column = 0 if label is None else labels[label]
+    column = 0 if label is None else labels[str(label)]
     given_pad, pad_id = tokenizer.pad_token, model.config.get_text_config().pad_token_id
     tokenizer = prepare_classifier_tokenizer(tokenizer)
     if tokenizer.pad_token != given_pad and pad_id in range(len(tokenizer)):
         # not trained by reward.py: its scores were read before this token, even if it ends texts
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     set_classifier_padding(model, tokenizer)
-    longest = longest_text(model, tokenizer)
+    longest = min(number_of_positions(model), tokenizer.model_max_length)
 
     def ids_of(text, response, messages, row):
         if messages and tokenizer.chat_template is None:
@@ -1448,7 +1414,7 @@ class LoadingFlags:
     revision: Optional[str] = None
     """Branch, tag or commit of model_name on the hub. None: main."""
     trust_remote_code: bool = False
-    """Run the Python code that a hub's model brings with it."""
+    """Run the Python code that comes with a model on the hub."""
     attn_implementation: Optional[str] = None
     """Attention: eager, sdpa, flash_attention_2, ... None: what transformers chooses."""
 
@@ -1472,12 +1438,6 @@ def load_tokenizer(name, **kwargs):
     return with_padding(AutoTokenizer.from_pretrained(name, **kwargs))
 
 
-def load_config(name, **kwargs):
-    """Load the configuration of a model, of a LoRA adapter that of its base model."""
-    base, kwargs = base_of(name, **kwargs)
-    return AutoConfig.from_pretrained(base, **hub_arguments(kwargs, "trust_remote_code"))
-
-
 def with_padding(tokenizer):
     """Return the tokenizer, or a copy that pads with its end token. Raises InputError.
 
@@ -1492,15 +1452,26 @@ def with_padding(tokenizer):
     return tokenizer
 
 
-def load_language_model(name, **kwargs):
-    """Load a tokenizer and a language model by hub name or folder. Raises InputError.
+def load_config(name, **kwargs):
+    """Load the configuration of a model, of a LoRA adapter that of its base model."""
+    base, kwargs = base_of(name, **kwargs)
+    return AutoConfig.from_pretrained(base, **hub_arguments(kwargs, "trust_remote_code"))
 
-    The model is causal or an encoder-decoder, or an adapter on one, which trains further."""
+
+def load_language_model(name, **kwargs):
+    """Load a tokenizer and a language model by hub name or folder. Raises InputError."""
     with explain(f"model_name {name} can't be loaded"):
-        tokenizer = load_tokenizer(name, **kwargs)
-        seq2seq = load_config(name, **kwargs).is_encoder_decoder
-        auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        return tokenizer, load_pretrained(auto_class, name, True, **kwargs)
+        return load_tokenizer(name, **kwargs), load_model(name, **kwargs)
+
+
+def load_model(name, is_encoder_decoder=None, **kwargs):
+    """Load a language model, or an adapter on one, which trains further.
+
+    is_encoder_decoder: None: what its configuration says."""
+    if is_encoder_decoder is None:
+        is_encoder_decoder = load_config(name, **kwargs).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return load_pretrained(auto_class, name, True, **kwargs)
 
 
 def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
@@ -1519,12 +1490,14 @@ def load_sequence_classifier(name, **kwargs):
 
     An adapter of a classifier trains further. One of a language model is merged into its base
     model: the fresh head then reads what the adapter has learned."""
-    from peft import PeftConfig
     has_head = "SequenceClassification" in str(load_config(name, **kwargs).architectures)
     head = {} if has_head else {"num_labels": 1}
     base, base_kwargs = base_of(name, **kwargs)
-    hub = hub_arguments(kwargs)
-    if base == name or PeftConfig.from_pretrained(name, **hub).task_type in ("SEQ_CLS", None):
+    task_type = "SEQ_CLS"
+    if base != name:
+        from peft import PeftConfig
+        task_type = PeftConfig.from_pretrained(name, **hub_arguments(kwargs)).task_type
+    if task_type in ("SEQ_CLS", None):
         return load_pretrained(AutoModelForSequenceClassification, name, True, **head, **kwargs)
     merged = load_pretrained(AutoModelForCausalLM, name, False, **kwargs).merge_and_unload()
     model = AutoModelForSequenceClassification.from_pretrained(base, **head, **base_kwargs)
@@ -1543,11 +1516,27 @@ def base_of(name, **kwargs):
     return config.base_model_name_or_path, {**kwargs, "revision": config.revision}
 
 
-def lora_config(config, task_type):
-    """Make a peft LoraConfig for all linear layers of config's lora_r and lora_alpha; None if 0."""
-    if not config.lora_r:
+def number_of_positions(model):
+    """Return how many tokens a row of this model can have; 10**9 if it has no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            positions -= module.padding_idx + 1  # RoBERTa's first position comes after this one
+    return positions
+
+
+def longest_prompt(model, max_new_tokens):
+    """Return how many tokens a prompt may have, so that the response has room."""
+    positions = number_of_positions(model)
+    return positions if model.config.is_encoder_decoder else positions - max_new_tokens
+
+
+def lora_config(config, is_encoder_decoder=False):
+    """Make a peft LoraConfig for all linear layers from config's lora_r, lora_alpha; None if 0."""
+    if not getattr(config, "lora_r", 0):  # plain TrainingArguments have none
         return None
     from peft import LoraConfig
+    task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear",
                       task_type=task_type)
 
@@ -1602,12 +1591,35 @@ def prepare_training(model, peft_config=None, seed=None):
             is_trained = all(p.requires_grad and p.dtype != torch.float32 for p in own)
             if own and is_trained and not own & backbone:
                 module.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model: none of its parameters requires a gradient, so nothing would "
                          "train; load an adapter with is_trainable=True")
     warn_of_half_precision(model)
     return model
+
+
+def scale_learning_rate(rate, model):
+    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
+
+    An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
+    rate *= math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+    rate *= 10 if hasattr(model, "peft_config") else 1
+    print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
+    return rate
+
+
+def use_few_threads(model):
+    """Use one thread for a model below a million weights: splitting its products takes longer."""
+    if sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
+
+
+def warn_of_half_precision(model):
+    """Warn if weights that are trained are in half precision."""
+    kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad} - {"float32"}
+    for kind in kinds:
+        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below their "
+                      "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
 
 
 # ----------------------------------------------------------------------------- output files
@@ -1712,16 +1724,6 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
 
 
-def text_to_show(prompt, tokenizer):
-    """Return what samples show of a prompt: of a chat the last user turn, else its text."""
-    if isinstance(prompt, str):
-        return prompt
-    if is_chat(prompt):
-        turns = [turn["content"] for turn in prompt if turn["role"] == "user"]
-        return str((turns or [prompt[-1]["content"]])[-1])
-    return tokenizer.decode(prompt, skip_special_tokens=True)
-
-
 def log_samples(folder, title, rows):
     """Print samples and append them to samples.jsonl. Call on one rank.
 
@@ -1792,21 +1794,17 @@ def start_run(config):
     checkpoint = None
     if config.resume_from_checkpoint:
         checkpoint = trainer_checkpoint(config.resume_from_checkpoint)
-        check_unfinished(checkpoint, config)
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        is_over = state["epoch"] >= config.num_train_epochs
+        if config.max_steps > 0:
+            is_over = state["global_step"] >= config.max_steps
+        # the model card is written last; Trainer would take an update too many
+        if is_over and Path(config.output_dir, "README.md").exists():
+            raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
+                             "--num-train-epochs or --max-steps to continue")
     writable_folder(config.output_dir, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
     return Path(config.output_dir), checkpoint
-
-
-def check_unfinished(checkpoint, config):
-    """Raise InputError if a finished run is resumed: Trainer would take an update too many."""
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-    is_over = state["epoch"] >= config.num_train_epochs
-    if config.max_steps > 0:
-        is_over = state["global_step"] >= config.max_steps
-    if is_over and Path(config.output_dir, "README.md").exists():  # it is written last
-        raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
-                         "--num-train-epochs or --max-steps to continue")
 
 
 def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
@@ -1822,16 +1820,17 @@ def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
 
 
 def load_eval_rows(config, dataset):
-    """Load the rows to evaluate on, or return None: never, unsaid, those of training.
+    """Load the rows to evaluate on, or return None.
 
     They are a split of config.eval_dataset or, if config.eval_dataset_split is given, of `dataset`,
-    which is trained on. Raises InputError."""
-    name = config.eval_dataset or (config.eval_dataset_split and dataset)
+    which is trained on. Raises InputError if that would silently be the split of the training."""
+    split = config.eval_dataset_split
+    name = config.eval_dataset or (split and dataset)
     if not name:
         return None
-    split = config.eval_dataset_split
-    settings = config.dataset_config if str(name) == str(dataset) else None
-    if str(name) == str(dataset) and split is None and not Path(name).is_file():
+    is_same = str(name) == str(dataset)
+    settings = config.dataset_config if is_same else None
+    if is_same and split is None and not Path(name).is_file():
         splits = load_splits(name, settings)
         if len(splits) == 1:
             raise InputError(f"eval_dataset={name}: it is the dataset too, which has the split "
@@ -1873,6 +1872,13 @@ class TokenMeanEvaluation:
         sums_and_counts = torch.stack([row_sums, row_counts], dim=1)                    # [B, 2]
         sums = self.accelerator.gather_for_metrics(sums_and_counts).sum(0)
         self.eval_sums = self.eval_sums.to(sums.device) + sums
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Run one evaluation step; all logits are computed only if metrics need them."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Run Trainer's loop, and replace its loss."""

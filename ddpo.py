@@ -105,7 +105,7 @@ HIDDEN = tyro.conf.Suppress
 # ----------------------------------------------------------------------------- configuration
 @dataclass
 class DDPOConfig:
-    """Sizes are per process. The documented fields come first."""
+    """Sizes are per process. The documented fields come first; the script has sizes of its own."""
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
     """Name of the experiment: title of the model card, default of run_name."""
@@ -191,20 +191,28 @@ class DDPOConfig:
     # the script's own
     model_name: Optional[str] = None
     """Stable Diffusion pipeline: a hub name or a folder. None: the toy pipeline."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of model_name on the hub. None: main."""
     prompts: Optional[str] = None
     """File, folder or hub name with a column prompt, text or query. None: the toy's."""
+    dataset_split: Optional[str] = None
+    """Split of the prompts. None: train, or the only one."""
+    dataset_config: Optional[str] = None
+    """Configuration of a dataset that has several, such as main of gsm8k."""
     pictures_per_prompt: int = 1
     """Images per prompt and epoch; if above 1, compared only among themselves."""
     reward_function: str = "shape_alignment"
     """One of REWARDS, or file.py:function of images, prompts and metadata."""
     output_dir: Optional[str] = None
     """Output folder. None: runs/<run_name>."""
-    use_lora: bool = True
-    """Train a LoRA adapter on the UNet's attention. False: train the whole UNet."""
+    bf16: bool = False
+    """Compute in bfloat16: short for mixed_precision bf16."""
+    use_cpu: bool = False
+    """Compute on the CPU even if there is a GPU."""
     lora_r: int = 4
-    """Rank of a fresh adapter."""
+    """Rank of a fresh LoRA adapter on the UNet's attention. 0: train the whole UNet."""
     lora_alpha: int = 4
-    """LoRA scale is lora_alpha / lora_r."""
+    """LoRA scale is lora_alpha / lora_r; the script has 16 for the toy."""
     lora_weights: Optional[str] = None
     """LoRA to train further, for load_lora_weights. None: a fresh adapter."""
     gradient_checkpointing: bool = False
@@ -213,8 +221,6 @@ class DDPOConfig:
     """Images sampled before and after, with the same noise and prompts. 0: none."""
     train_times_per_pass: Annotated[Optional[int], HIDDEN] = None
     """Removed."""
-
-    chosen = {}  # sizes that ScriptConfig has chosen
 
     def __post_init__(self):
         if self.train_times_per_pass is not None:
@@ -227,21 +233,25 @@ class DDPOConfig:
                          "train_num_inner_epochs", "train_adv_clip_max", "train_clip_range",
                          "per_prompt_stat_tracking_buffer_size",
                          "per_prompt_stat_tracking_min_count", "max_workers",
-                         "pictures_per_prompt", "lora_r", "lora_alpha"),
+                         "pictures_per_prompt", "lora_alpha"),
             "[0, inf)": ("train_learning_rate", "train_adam_weight_decay", "train_adam_epsilon",
-                         "num_samples"),
+                         "num_samples", "lora_r"),
             "(0, 1]": ("sample_eta", "train_timestep_fraction"),
             "[0, 1)": ("train_adam_beta1", "train_adam_beta2"),
             "(-inf, inf)": ("sample_guidance_scale",),
         })
         check_choices(self, {"log_with": (None, "wandb", "tensorboard"),
                              "mixed_precision": (None, "no", "fp16", "bf16")})
+        if self.bf16:
+            if self.mixed_precision not in ("fp16", "bf16"):  # the default is no contradiction
+                raise InputError(f"bf16=True, and mixed_precision={self.mixed_precision!r}: give "
+                                 "one of the two")
+            self.mixed_precision = "bf16"
         self.check_sizes()
-        needs = {"max_workers": "async_reward_computation", "lora_r": "use_lora",
-                 "lora_alpha": "use_lora",
+        needs = {"max_workers": "async_reward_computation",
                  "per_prompt_stat_tracking_buffer_size": "per_prompt_stat_tracking",
                  "per_prompt_stat_tracking_min_count": "per_prompt_stat_tracking"}
-        defaults = {option.name: option.default for option in fields(self)} | self.chosen
+        defaults = {option.name: option.default for option in fields(self)}
         for name, switch in needs.items():
             if getattr(self, name) != defaults[name] and not getattr(self, switch):
                 warnings.warn(f"{name}={getattr(self, name)} has no effect without {switch}",
@@ -279,38 +289,6 @@ class DDPOConfig:
 
     def to_dict(self):
         return asdict(self)
-
-
-# What the toy learns from in minutes, and ddpo-pytorch's sizes, which on eight GPUs are the paper's
-# 256 images per epoch: a pass of 4 images of 512 x 512 with a LoRA fits a card of 24 GB.
-TOY_SIZES = {"num_epochs": 50, "sample_num_steps": 20, "train_batch_size": 8,
-             "train_gradient_accumulation_steps": 1, "lora_alpha": 16}
-OWN_SIZES = {"num_epochs": 100, "sample_num_steps": 50, "train_batch_size": 4,
-             "train_gradient_accumulation_steps": 2, "lora_alpha": 4}
-
-
-@dataclass
-class ScriptConfig(DDPOConfig):
-    """DDPOConfig with the script's own defaults, the toy's or those of --model-name."""
-
-    num_epochs: Optional[int] = None
-    """Epochs of images, rewards and updates. None: 50, with --model-name 100."""
-    sample_num_steps: Optional[int] = None
-    """T: denoising timesteps per image. None: 20, with --model-name 50."""
-    sample_batch_size: int = 16
-    """Images per batch in sampling."""
-    train_batch_size: Optional[int] = None
-    """Samples per pass, each at one timestep. None: 8, with --model-name 4."""
-    train_gradient_accumulation_steps: Optional[int] = None
-    """Minibatches per optimizer step. None: 1, with --model-name 2."""
-    lora_alpha: Optional[int] = None
-    """LoRA scale is lora_alpha / lora_r. None: 16, with --model-name 4 (TRL's)."""
-
-    def __post_init__(self):
-        sizes = OWN_SIZES if self.model_name else TOY_SIZES
-        self.chosen = {name: size for name, size in sizes.items() if getattr(self, name) is None}
-        vars(self).update(self.chosen)
-        super().__post_init__()
 
 
 # ----------------------------------------------------------------------------- mathematics
@@ -756,14 +734,14 @@ class DDPOTrainer(LoopTrainer):
         """Make the accelerator, and choose the precision of float32 products on GPUs."""
         config = self.config
         precision = config.mixed_precision or "no"
-        if precision == "fp16" and not torch.cuda.is_available():
+        if precision == "fp16" and (config.use_cpu or not torch.cuda.is_available()):
             precision = "no"
         project = {"project_dir": str(self.output_dir), "total_limit": config.num_checkpoint_limit,
                    "logging_dir": str(self.output_dir / config.logdir)}
-        self.start_accelerator(project, mixed_precision=precision)
+        self.start_accelerator(project, cpu=config.use_cpu, mixed_precision=precision)
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise InputError("FSDP, DeepSpeed: DDPO does not train sharded weights; use plain "
-                             "torchrun, and use_lora with mixed_precision=bf16 for a large model")
+                             "torchrun, and a LoRA with mixed_precision=bf16 for a large model")
         torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
@@ -1167,9 +1145,9 @@ def load_image_reward(name):
 
 
 # ----------------------------------------------------------------------------- the script
-def load_image_prompts(name):
+def load_image_prompts(name, split=None, config=None):
     """Load prompts as a list of (prompt, its row). Raises InputError."""
-    rows = common.load_rows(name)
+    rows = common.load_rows(name, split, config)
     column = next((c for c in ("prompt", "text", "query") if c in rows.column_names), None)
     if column is None:
         raise InputError(f"prompts={name}: its columns are {rows.column_names}, and none is "
@@ -1239,7 +1217,7 @@ def show_samples(trainer, rows, title):
     tqdm.write(text)
 
 
-def main(config: ScriptConfig):
+def main(config: DDPOConfig):
     """Train a text-to-image model with DDPO against a reward of its images.
 
     Returns the last epoch's statistics."""
@@ -1249,12 +1227,14 @@ def main(config: ScriptConfig):
         config.resume_from = str(common.newest_checkpoint(config.resume_from))
     common.writable_folder(out, fresh=not config.resume_from)
     disable_progress_bar()
-    rows = load_image_prompts(config.prompts or TOY / "shapes.txt")
+    rows = load_image_prompts(config.prompts or TOY / "shapes.txt", config.dataset_split,
+                              config.dataset_config)
     reward = load_image_reward(config.reward_function)
     set_seed(config.seed)  # a fresh adapter is the same on all ranks
     pipeline = DefaultDDPOStableDiffusionPipeline(
-        config.model_name or TOY / "pipeline", use_lora=config.use_lora, lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha, lora_weights=config.lora_weights)
+        config.model_name or TOY / "pipeline", pretrained_model_revision=config.revision,
+        use_lora=config.lora_r > 0, lora_r=config.lora_r, lora_alpha=config.lora_alpha,
+        lora_weights=config.lora_weights)
     common.use_few_threads(pipeline.unet)
 
     def draw_prompt():
@@ -1266,11 +1246,7 @@ def main(config: ScriptConfig):
     images_per_epoch = config.sample_batch_size * config.sample_num_batches_per_epoch
     numbers = itertools.count(trainer.epoch * images_per_epoch // config.pictures_per_prompt)
 
-    is_main = trainer.accelerator.is_main_process
-    if is_main and config.chosen:
-        flags = [f"--{name.replace('_', '-')} {value}" for name, value in config.chosen.items()]
-        tqdm.write(f"sizes for {config.model_name or 'the toy'}: {' '.join(flags)}")
-    has_samples = is_main and config.num_samples > 0
+    has_samples = trainer.accelerator.is_main_process and config.num_samples > 0
     if has_samples and not config.resume_from:
         show_samples(trainer, rows, "before")
     trainer.train()
@@ -1282,4 +1258,10 @@ def main(config: ScriptConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, ScriptConfig)
+    # what the toy learns from in minutes, and ddpo-pytorch's sizes, which on eight GPUs are the
+    # paper's 256 images per epoch: a pass of 4 images of 512 x 512 with a LoRA fits 24 GB
+    common.run(main, DDPOConfig,
+               toy="--num-epochs 50 --sample-num-steps 20 --sample-batch-size 16 "
+                   "--train-batch-size 8 --lora-alpha 16",
+               own="--sample-batch-size 16 --train-batch-size 4 "
+                   "--train-gradient-accumulation-steps 2")

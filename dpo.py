@@ -56,13 +56,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 import common
@@ -538,7 +532,7 @@ class DPOTrainer(Trainer):
         balances_experts = getattr(self.model.config, "output_router_logits", False)
         self.splits_batches = (args.per_device_train_batch_size >= SPLIT_FROM
                                and not self.is_encoder_decoder and not balances_experts)
-        self.limit_lengths(self.model.config)
+        self.limit_lengths()
         self.padding_value = padding_value or tokenizer.pad_token_id or 0
         if data_collator is None:
             self.data_collator = DPODataCollatorWithPadding(
@@ -557,10 +551,7 @@ class DPOTrainer(Trainer):
 
     def prepare_policy(self, model, args):
         """Put the adapter on, set the learning rate, turn dropout off. Returns the policy."""
-        peft_config = self.peft_config
-        if peft_config is None and getattr(args, "lora_r", 0):
-            seq2seq = model.config.is_encoder_decoder
-            peft_config = lora_config(args, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+        peft_config = self.peft_config or lora_config(args, model.config.is_encoder_decoder)
         model = common.prepare_training(model, copy.deepcopy(peft_config), args.seed)
         if args.learning_rate is None:
             args.learning_rate = common.scale_learning_rate(5e-4, model)
@@ -614,18 +605,16 @@ class DPOTrainer(Trainer):
         self.ref_model.eval()
 
     # ------------------------------------------------------------------ rows
-    def limit_lengths(self, config):
+    def limit_lengths(self):
         """Fill in max_length and max_target_length. Raises InputError if no answer would fit."""
-        longest = None
-        if not self.is_encoder_decoder:
-            longest = getattr(config, "max_position_embeddings", None)
-            if self.max_target_length is not None:
-                warnings.warn(f"max_target_length={self.max_target_length} has no effect: only an "
-                              "encoder-decoder's answers have a limit of their own", stacklevel=3)
-        if longest is not None and (self.max_length or 0) > longest:
+        longest = 10**9 if self.is_encoder_decoder else common.number_of_positions(self.model)
+        if self.max_target_length is not None and not self.is_encoder_decoder:
+            warnings.warn(f"max_target_length={self.max_target_length} has no effect: only an "
+                          "encoder-decoder's answers have a limit of their own", stacklevel=3)
+        if (self.max_length or 0) > longest:
             warnings.warn(f"max_length={self.max_length}: the model takes {longest} tokens; rows "
                           "are truncated to that", stacklevel=3)
-        self.max_length = min(self.max_length or 512, longest or 10**9)
+        self.max_length = min(self.max_length or 512, longest)
         self.max_target_length = self.max_target_length or 128
         prompt = self.max_prompt_length or 0
         if not self.is_encoder_decoder and prompt >= self.max_length:
@@ -950,22 +939,10 @@ def load_model(model, is_encoder_decoder=None, kwargs=None):
     if not isinstance(model, (str, Path)):
         return model
     with explain(f"model {model} can't be loaded"):
-        if is_encoder_decoder is None:
-            is_encoder_decoder = common.load_config(str(model), **(kwargs or {})).is_encoder_decoder
-        auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        return common.load_pretrained(auto_class, str(model), True, **(kwargs or {}))
+        return common.load_model(str(model), is_encoder_decoder, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------------------- rows
-def count_common(first, second):
-    """Count the items with which two lists begin alike."""
-    pairs = zip(first, second, strict=False)
-    for i, (a, b) in enumerate(pairs):
-        if a != b:
-            return i
-    return min(len(first), len(second))
-
-
 def split_row(row):
     """Return a row's prompt, chosen and rejected answer: three texts, or three lists of messages.
 
@@ -1013,7 +990,7 @@ def split_tokens(prompt, answers, tokenizer):
 
     prompt_ids = encode(prompt)
     both = [encode(prompt + answer) for answer in answers]
-    end = min(count_common(prompt_ids, ids) for ids in both)
+    end = len(os.path.commonprefix([prompt_ids, *both]))
     return prompt_ids[:end], [ids[end:] for ids in both]
 
 
@@ -1076,7 +1053,7 @@ def prepare_row(row, number, tokenizer, **settings):
             tokens = tokenize_pair(row, tokenizer, **settings)
         except InputError as error:
             raise InputError(f"row {number}: {error}") from error
-        tokens["shown_prompt"] = text_to_show(split_row(row)[0], tokenizer)
+        tokens["shown_prompt"] = text_to_show(split_row(row)[0])
     labels = [tokens["chosen_labels"], tokens["rejected_labels"]]
     tokens["length"] = sum(map(len, labels))
     answers = [[token for token in ids if token != settings["label_pad_token_id"]]

@@ -418,6 +418,7 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
                                  truncation_mode=truncation_mode,
                                  optimize_device_cache=optimize_device_cache)
         self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.positions = common.number_of_positions(model)
         self.max_length = settings["max_length"]
         self.truncation_mode = settings["truncation_mode"]
         self.optimize_device_cache = settings["optimize_device_cache"]
@@ -426,10 +427,8 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         if self.max_length is not None and self.max_length < shortest:
             raise InputError(f"max_length={self.max_length}: it leaves nothing to train on; give "
                              f"{shortest} or more")
-        peft_config = None
-        if getattr(args, "lora_r", 0):
-            peft_config = common.lora_config(args, "SEQ_2_SEQ_LM" if self.seq2seq else "CAUSAL_LM")
-        model = common.prepare_training(model, peft_config, args.seed)
+        lora = common.lora_config(args, self.seq2seq)
+        model = common.prepare_training(model, lora, args.seed)
         self.tokenizer = tokenizer
         self.text_tokenizer = copy.deepcopy(tokenizer)
         if tokenizer is not None:  # the copy truncates, the caller's keeps its own side
@@ -545,10 +544,9 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         if len(ids) == 0 or not (targets != IGNORE).any():
             raise InputError(f"{where} has no label to train on{truncated}: leave the row out")
         length = max(len(ids), len(labels))
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        if longest and length > longest:
-            raise InputError(f"{where} has {length} tokens, and the model takes {longest}: set "
-                             "max_length")
+        if length > self.positions:
+            raise InputError(f"{where} has {length} tokens, and the model takes {self.positions}: "
+                             "set max_length")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def tokenize(self, text, where):
@@ -642,13 +640,6 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         if self.noise_hook is not None:
             deactivate_neftune(self.model, self.noise_hook, self.accelerator)
         self.call_back("on_train_end")
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Run one evaluation step; all logits are computed only if metrics need them."""
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad():
-            return self.compute_loss(model, inputs), None, None
 
     def evaluate_and_compare(self):
         """Evaluate, note the best model so far, and step a schedule that waits for the metric."""

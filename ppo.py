@@ -1083,7 +1083,7 @@ def load_policy(config):
             name, **common.hub_arguments(loading, "trust_remote_code"))
         seq2seq = common.load_config(name, **loading).is_encoder_decoder
         auto = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
-        lora = common.lora_config(config, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
+        lora = common.lora_config(config, seq2seq)
         model = auto.from_pretrained(name, peft_config=lora, is_trainable=True,
                                      require_v_head=False, **loading)
     if config.gradient_checkpointing:

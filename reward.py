@@ -65,11 +65,7 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import common
 from common import (
@@ -321,7 +317,7 @@ class RewardTrainer(Trainer):
         if tokenizer is None:
             raise InputError("tokenizer=None: RewardTrainer needs the model's tokenizer; pass it")
         self.tokenizer = common.prepare_classifier_tokenizer(tokenizer)
-        self.peft_config = peft_config or common.lora_config(args, "SEQ_CLS")
+        self.peft_config = peft_config or common.lora_config(args)
         self.has_own_collator = data_collator is not None
         if args.remove_unused_columns and not self.has_own_collator:
             warnings.warn("remove_unused_columns=True: it has no effect, the columns of pairs and "
@@ -370,7 +366,7 @@ class RewardTrainer(Trainer):
     def find_max_length(self, max_length):
         """Return the maximum length: the argument or the config's, and what the model takes."""
         settings = read_settings(RewardTrainer, self.args, max_length=max_length)
-        longest = common.longest_text(self.model, self.tokenizer)
+        longest = min(common.number_of_positions(self.model), self.tokenizer.model_max_length)
         return min(settings["max_length"] or longest, longest)
 
     # ------------------------------------------------------------------ data
@@ -580,7 +576,7 @@ def text_of(row, side, tokenizer):
     whole = join(row.get("prompt"), row[side])
     if isinstance(whole, str):
         return whole
-    return f"{common.text_to_show(whole, tokenizer)}\n{whole[-1]['content']}"
+    return f"{common.text_to_show(whole)}\n{whole[-1]['content']}"
 
 
 def pick_samples(trainer, rows, n=4):

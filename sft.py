@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 import common
 from common import (
@@ -64,6 +64,7 @@ from common import (
     explain,
     is_chat,
     join_chat,
+    number_of_positions,
     only_logits_of,
     same_messages,
     split_chat,
@@ -255,7 +256,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
                  model_init_kwargs=None, dataset_kwargs=None, processing_class=None):
         """Prepare model and data. Raises InputError for what cannot be trained on.
 
-        model: a model, or a causal one's hub name or folder, loaded with model_init_kwargs.
+        model: a model, or its hub name or folder, loaded with model_init_kwargs.
         args: an SFTConfig or TrainingArguments. An argument given here wins over its field.
         train_dataset, eval_dataset (or a dict of them): rows that `encode` reads, in memory or
             streamed; a ConstantLengthDataset; or a torch Dataset of rows of token ids.
@@ -328,11 +329,8 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
 
     def prepare_model(self, model, args):
         """Add a fresh adapter, and choose a learning rate for the model's size if none is set."""
-        peft_config = self.peft_config
-        if peft_config is None and getattr(args, "lora_r", 0):
-            seq2seq = model.config.is_encoder_decoder
-            peft_config = common.lora_config(args, "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM")
-        model = common.prepare_training(model, peft_config, args.seed)
+        lora = common.lora_config(args, model.config.is_encoder_decoder)
+        model = common.prepare_training(model, self.peft_config or lora, args.seed)
         if args.learning_rate is None:
             args.learning_rate = common.scale_learning_rate(RATE_OF_TOY_MODEL, model)
         return model
@@ -484,13 +482,6 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
             eval_dataset = common.read_stream(self.prepare(eval_dataset, "eval_dataset"))
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Run one evaluation step; all logits are computed only if metrics need them."""
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
-
 
 def prepare_args(args, eval_dataset):
     """Return a copy of args that fits the data. Raises InputError."""
@@ -510,8 +501,7 @@ def load_model(model, model_init_kwargs):
     """Load a model that is given by its name. Raises InputError."""
     if isinstance(model, str):
         with explain(f"model={model}: it can't be loaded"):
-            return common.load_pretrained(
-                AutoModelForCausalLM, model, True, **(model_init_kwargs or {}))
+            return common.load_model(model, **(model_init_kwargs or {}))
     if model_init_kwargs:
         raise InputError(f"model_init_kwargs={model_init_kwargs}: they load a model by its name, "
                          "and `model` is a model already; leave them out")
@@ -523,12 +513,6 @@ def tokenizer_of(model, **kwargs):
     if model is None or not model.config.name_or_path:
         raise InputError("tokenizer=None: the model does not say where its tokenizer is; pass one")
     return common.load_tokenizer(model.config.name_or_path, **kwargs)
-
-
-def number_of_positions(model):
-    """Return how many positions a model has; a large number if it has no limit."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 10**9
 
 
 # ----------------------------------------------------------------------------- rows -> tokens
@@ -790,7 +774,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
                     begins = [i == 0 for i in range(len(ids))]
                     remainder += zip(ids, labels or ids, begins, strict=True)
                 full = len(remainder) // self.seq_length * self.seq_length
-                rows = [remainder[i:i + self.seq_length] for i in range(0, full, self.seq_length)]
+                rows = common.split(remainder[:full], self.seq_length)
                 remainder = remainder[full:]
                 if self.shuffle:
                     rng.shuffle(rows)
@@ -988,7 +972,7 @@ def sample_prompt(trainer, row):
     chat = row["prompt"] if is_pair(row, text_field) else row.get(text_field or "messages")
     if is_chat(chat):
         prompt = common.prompt_ids(tokenizer, chat)
-        shown = common.text_to_show(chat, tokenizer)
+        shown = common.text_to_show(chat)
     else:
         ids, labels = encode(row, seq2seq=trainer.seq2seq, **trainer.encoding)
         if trainer.completion_collator:

@@ -61,7 +61,7 @@ def main(folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     for split, (n_chats, n_pairs) in SIZES.items():
         rng = random.Random(0)
-        rows = list(load_dataset(name, split=split))
+        rows = list(load_dataset(str(name), split=split))
         rng.shuffle(rows)
         positive = [row for row in rows if row["label"] == 1]
         negative = [row for row in rows if row["label"] == 0]

@@ -253,6 +253,8 @@ TOY_DEFAULTS = {  # what the default runs of docs/ are made with
                           per_device_train_batch_size=32, gradient_accumulation_steps=1,
                           per_device_eval_batch_size=8, generation_batch_size=256,
                           activation_checkpointing=False),
+    "ddpo": dict(num_epochs=50, sample_num_steps=20, sample_batch_size=16, train_batch_size=8,
+                 train_gradient_accumulation_steps=1, lora_r=4, lora_alpha=16),
 }
 OWN_DEFAULTS = {  # a model of a billion parameters fits a card of 24 GB
     "sft": dict(num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=16,
@@ -269,6 +271,8 @@ OWN_DEFAULTS = {  # a model of a billion parameters fits a card of 24 GB
                           per_device_train_batch_size=8, gradient_accumulation_steps=4,
                           per_device_eval_batch_size=2, generation_batch_size=64,
                           activation_checkpointing=True),
+    "ddpo": dict(num_epochs=100, sample_num_steps=50, sample_batch_size=16, train_batch_size=4,
+                 train_gradient_accumulation_steps=2, lora_r=4, lora_alpha=4),
 }
 
 
@@ -276,18 +280,19 @@ def fields_of(config, names):
     return {name: getattr(config, name) for name in names}
 
 
-@pytest.mark.parametrize("script", TEXT_SCRIPTS)
+@every_script
 def test_the_toy_s_settings_end_with_the_toy_and_a_given_flag_holds_for_both(script):
     toy, own = TOY_DEFAULTS[script], OWN_DEFAULTS[script]
     model = ["--model-name", "my/model"]
     assert fields_of(parse(script), toy) == toy
     assert fields_of(parse(script, *model), own) == own
-    name = "max_new_tokens" if script == "ppo" else "per_device_train_batch_size"
+    name = {"ppo": "max_new_tokens", "ddpo": "train_batch_size"}.get(
+        script, "per_device_train_batch_size")
     for flags in ([], model, ["--model_name=my/model"]):
-        given = parse(script, *flags, flag_of(name), 7)
-        want = {**(own if flags else toy), name: 7}
-        if script != "ppo":
-            want["gradient_accumulation_steps"] = 1  # a step of 7 rows, as it says
+        given = parse(script, *flags, flag_of(name), 16)
+        want = {**(own if flags else toy), name: 16}
+        if name == "per_device_train_batch_size":
+            want["gradient_accumulation_steps"] = 1  # a step of 16 rows, as it says
         assert fields_of(given, want) == want
 
 
@@ -321,16 +326,16 @@ def test_defaults_of_your_own_model_are_printed_on_one_line_but_not_those_you_gi
         "--learning-rate 1e-4 --torch-dtype bfloat16\n")
 
 
-@pytest.mark.parametrize("script", TEXT_SCRIPTS)
+@every_script
 def test_one_flag_each_means_bfloat16_checkpointing_and_the_cpu(script):
     config = parse(script, "--bf16", "--gradient-checkpointing", "--use-cpu")
     assert config.bf16 and config.use_cpu and config.gradient_checkpointing
     plain = parse(script, "--no-bf16", "--no-gradient-checkpointing", "--no-use-cpu")
     assert not (plain.bf16 or plain.use_cpu or plain.gradient_checkpointing)
-    if script != "ppo":
+    if script not in ("ppo", "ddpo"):
         assert config.activation_checkpointing and not plain.activation_checkpointing
+        assert config.save_total_limit == 1
     assert parse(script, "--bf16").bf16  # computes on the CPU where there is no GPU
-    assert script == "ppo" or config.save_total_limit == 1
 
 
 # ----------------------------------------------------------------------------------- dicts as flags

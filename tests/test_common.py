@@ -422,6 +422,22 @@ def test_a_reward_function_gets_the_prompts_rows_and_imports_its_neighbor(tmp_pa
     assert reward(["abc", "a"], metadata=[{"answer": 1}, {"answer": 5}]) == [2.0, -4.0]
 
 
+@pytest.mark.parametrize("arguments, want", [
+    ("texts", "T"), ("samples", "T"), ("responses", "R"), ("responses, prompts", "RP"),
+    ("samples, metadata", "TM"), ("prompts, **kwargs", "PTRM"), ("samples, **kwargs", "TPRM")])
+def test_a_reward_function_gets_what_its_arguments_name(arguments, want, tmp_path):
+    names = {"T": "texts", "P": "prompts", "R": "responses", "M": "metadata"}
+    values = {name: [float(i)] for i, name in enumerate(names.values(), start=1)}
+    (tmp_path / "mine.py").write_text(
+        f"def score({arguments}):\n"
+        "    given = dict(locals())\n"
+        "    given.update(given.pop('kwargs', {}))\n"
+        "    return [sum(value[0] for value in given.values())]\n")
+    reward = common.load_reward(f"{tmp_path}/mine.py:score")
+    (got,) = reward(values.pop("texts"), **values)
+    assert got == sum(float(1 + "TPRM".index(letter)) for letter in want)
+
+
 @pytest.mark.parametrize(
     "rows, arguments, named",
     [
@@ -1517,8 +1533,8 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(
 
 
 def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_none(make_hf_model):
-    assert common.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16), "CAUSAL_LM") is None
-    config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
+    assert common.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16)) is None
+    config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
     model = common.with_adapter(make_hf_model("llama"), config, seed=0)
     adapted = {
         name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")
@@ -1532,7 +1548,7 @@ def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_no
 def test_equal_seeds_draw_equal_adapters_and_a_second_one_is_refused(make_hf_model):
     def adapted(seed):
         torch.rand(seed + 1)  # whatever was drawn before
-        config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12), "CAUSAL_LM")
+        config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
         model = common.with_adapter(make_hf_model("llama"), config, seed)
         return (
             model,

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -813,6 +814,27 @@ def test_fp16_means_float32_where_there_is_no_gpu(given, used, make_trainer):
     assert make_trainer(mixed_precision=given).accelerator.mixed_precision == used
 
 
+def test_bf16_is_another_word_for_the_mixed_precision():
+    config = DDPOConfig(bf16=True)
+    assert config.mixed_precision == DDPOConfig(**config.to_dict()).mixed_precision == "bf16"
+
+
+def test_use_cpu_leaves_the_gpu_and_its_fp16_alone(make_trainer, monkeypatch):
+    given = []
+
+    def begin(self, **kwargs):
+        given.append((kwargs["cpu"], kwargs["mixed_precision"]))
+        raise InputError("enough")
+
+    monkeypatch.setattr(accelerate.Accelerator, "__init__", begin)
+    monkeypatch.setattr(ddpo.common, "setup_ranks", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for use_cpu in (True, False):
+        with pytest.raises(InputError, match="enough"):
+            make_trainer(mixed_precision="fp16", use_cpu=use_cpu)
+    assert given == [(True, "no"), (False, "fp16")]
+
+
 def test_accelerator_kwargs_reach_accelerate(make_trainer):
     trainer = make_trainer(accelerator_kwargs={"mixed_precision": "bf16"})
     assert trainer.accelerator.mixed_precision == "bf16"
@@ -1131,7 +1153,9 @@ def test_sizes_that_do_not_fit_are_refused(fields, words):
     ({"train_adam_beta2": 1.0}, "train_adam_beta2=1.0"),
     ({"sample_guidance_scale": float("inf")}, "sample_guidance_scale=inf"),
     ({"num_samples": -1}, "num_samples=-1"),
+    ({"lora_r": -1}, "lora_r=-1"),
     ({"mixed_precision": "half"}, "mixed_precision='half'.*fp16"),
+    ({"mixed_precision": "no", "bf16": True}, "bf16=True, and mixed_precision='no': give one"),
     ({"log_with": "paper"}, "log_with='paper'.*tensorboard"),
     ({"pictures_per_prompt": 2, "per_prompt_stat_tracking": True},
      "pictures_per_prompt=2.*per_prompt_stat_tracking")])
@@ -1151,8 +1175,7 @@ def test_what_the_scheduler_or_accelerate_can_not_do_is_one_sentence(fields, wor
 
 
 @pytest.mark.parametrize("fields, name", [
-    ({"max_workers": 3}, "max_workers=3 has no effect without async_reward_computation"),
-    ({"lora_r": 8, "use_lora": False}, "lora_r=8 has no effect without use_lora")])
+    ({"max_workers": 3}, "max_workers=3 has no effect without async_reward_computation")])
 def test_an_option_without_effect_is_a_warning(fields, name):
     with pytest.warns(UserWarning, match=name):
         DDPOConfig(**fields)

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common import TOY, InputError
-from ddpo import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, ScriptConfig, main
+from ddpo import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, main
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = "pytorch_lora_weights.safetensors"
@@ -37,8 +37,8 @@ def metrics(folder):
 
 
 def small(folder, **fields):
-    return ScriptConfig(**{"sample_num_steps": 3, "sample_batch_size": 1, "train_batch_size": 1,
-                           "num_epochs": 1, "num_samples": 0, "output_dir": str(folder), **fields})
+    return DDPOConfig(**{"sample_num_steps": 3, "num_epochs": 1, "num_samples": 0,
+                         "lora_alpha": 16, "output_dir": str(folder), **fields})
 
 
 def job(name, folder, *launcher):
@@ -142,7 +142,7 @@ def test_the_model_card_says_how_the_model_was_made(finished_run):
 
 
 def test_full_training_moves_all_of_the_unet_and_nothing_else(tmp_path):
-    main(small(tmp_path, use_lora=False, mixed_precision="bf16"))
+    main(small(tmp_path, lora_r=0, bf16=True))
     plain, toy = (StableDiffusionPipeline.from_pretrained(folder)
                   for folder in (tmp_path, TOY / "pipeline"))
     for part in ("unet", "vae", "text_encoder"):
@@ -150,23 +150,18 @@ def test_full_training_moves_all_of_the_unet_and_nothing_else(tmp_path):
         assert {not torch.equal(a, b) for a, b in pairs} == {part == "unet"}, part
 
 
-@pytest.mark.parametrize("model, given, sizes", [
-    (None, {}, (50, 20, 8, 1, 16)),                          # 8 samples per step, LoRA's scale is 4
-    ("my/model", {}, (100, 50, 4, 2, 4)),                    # 8 samples per step, the scale is 1
-    ("my/model", {"train_batch_size": 2, "num_epochs": 7}, (7, 50, 2, 2, 4))])
-def test_the_sizes_are_those_of_the_toy_or_of_one_s_own_model(model, given, sizes, recwarn):
-    config = ScriptConfig(model_name=model, use_lora=False, **given)
-    names = ("num_epochs", "sample_num_steps", "train_batch_size",
-             "train_gradient_accumulation_steps", "lora_alpha")
-    assert tuple(getattr(config, name) for name in names) == sizes
-    assert not recwarn.list  # a size that nobody gave is no option without effect
+def test_a_revision_is_asked_of_the_hub(tmp_path, monkeypatch):
+    asked = []
 
+    def load_config(name, **kwargs):
+        asked.append((name, kwargs["revision"]))
+        raise OSError("offline")
 
-def test_sizes_that_were_chosen_are_printed_with_their_flags(tmp_path, capsys):
-    main(small(tmp_path, model_name=str(TOY / "pipeline"), num_epochs=1,
-               train_gradient_accumulation_steps=1))
-    out = capsys.readouterr().out
-    assert f"sizes for {TOY / 'pipeline'}: --lora-alpha 4\n" in out
+    monkeypatch.setattr(ddpo.DiffusionPipeline, "load_config", load_config)
+    for revision in ("v2", None):
+        with pytest.raises(InputError, match="my/model can't be loaded"):
+            main(small(tmp_path, model_name="my/model", revision=revision))
+    assert asked == [("my/model", "v2"), ("my/model", None)]
 
 
 def test_any_function_in_a_file_may_be_the_reward(tmp_path):
@@ -190,6 +185,20 @@ def test_prompts_come_from_a_column_with_one_of_three_names(column, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"other": "sky", column: "a red circle"}))
     (prompt, row), = ddpo.load_image_prompts(str(tmp_path / "p.jsonl"))
     assert prompt == "a red circle" and row == {"other": "sky", column: "a red circle"}
+
+
+def test_prompts_come_from_the_split_and_configuration_that_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: {
+        split: datasets.Dataset.from_dict({"prompt": [f"{name} {config} {split}"]})
+        for split in ("train", "mine")})
+    (tmp_path / "reward.py").write_text(REWARD.format(log=str(tmp_path / "shown.jsonl"), kill=0))
+    fields = {"prompts": "my/set", "reward_function": f"{tmp_path}/reward.py:brightness"}
+    main(small(tmp_path / "out", **fields))
+    main(small(tmp_path / "named", **fields, dataset_split="mine", dataset_config="v2"))
+    prompts = [prompt for batch, _ in shown(tmp_path) for prompt in batch]
+    assert prompts == ["my/set None train"] * 2 + ["my/set v2 mine"] * 2
+    with pytest.raises(InputError, match="dataset_split=yours.*train, mine"):
+        main(small(tmp_path / "none", **fields, dataset_split="yours"))
 
 
 def test_tensorboard_gets_numbers_and_images_under_logdir(tmp_path):
@@ -242,7 +251,7 @@ def logged_run(folder, kind, kill=0, **fields):
     """Four epochs of two batches. The reward logs what it is shown, and kills the process in its
     call number `kill`."""
     (folder / "reward.py").write_text(REWARD.format(log=str(folder / "shown.jsonl"), kill=kill))
-    main(small(folder / "out", num_epochs=4, use_lora=kind == "lora", pictures_per_prompt=2,
+    main(small(folder / "out", num_epochs=4, lora_r=4 * (kind == "lora"), pictures_per_prompt=2,
                save_freq=2 if kind == "lora" else 1,
                reward_function=f"{folder}/reward.py:brightness", **fields))
 
@@ -500,7 +509,7 @@ BAD = {
         "sample_num_batches_per_epoch", "train_batch_size", "train_gradient_accumulation_steps",
         "train_num_inner_epochs", "train_max_grad_norm", "train_clip_range", "train_adv_clip_max",
         "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count", "max_workers",
-        "pictures_per_prompt", "lora_r", "lora_alpha")},
+        "pictures_per_prompt", "lora_alpha")},
 }
 
 
@@ -526,7 +535,7 @@ def test_bad_input_is_one_sentence_before_any_weight_moves(case, tmp_path, monke
 # ------------------------------------------------------------------------------------------ the toy
 def test_the_toy_s_reward_rises_within_a_few_epochs(tmp_path):
     main(small(tmp_path, num_epochs=5, sample_num_steps=8, sample_batch_size=24,
-               sample_num_batches_per_epoch=1, train_batch_size=8, use_lora=False, save_freq=100))
+               sample_num_batches_per_epoch=1, train_batch_size=8, lora_r=0, save_freq=100))
     means = [row["reward_mean"] for row in metrics(tmp_path)]
     assert sum(means[-2:]) / 2 > sum(means[:2]) / 2 + 0.03
 

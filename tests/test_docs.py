@@ -96,9 +96,31 @@ def test_a_missing_run_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("script, arguments", [
     ("plot.py", ()), ("plot.py", ("runs/ppo", "figure.png")),
     ("ddpo_plot.py", ()), ("ddpo_plot.py", ("runs/ddpo",)), ("ddpo_plot.py", ("a", "b", "c")),
-    ("film_reviews.py", ())])
+    ("film_reviews.py", ()), ("film_chats.py", ()), ("film_chats.py", ("film",))])
 def test_missing_arguments_are_answered_with_the_usage(script, arguments):
     assert run(script, *arguments).startswith(f"usage: python docs/{script} ")
+
+
+# ----------------------------------------------------------------------------- docs/film_chats.py
+def test_films_become_chats_pairs_and_prompts(tmp_path):
+    (tmp_path / "reviews").mkdir()
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} {i} ", "label": i % 2} for i in range(20)]
+        write(tmp_path / "reviews" / f"{split}.jsonl", rows)
+    assert run("film_chats.py", tmp_path / "film", tmp_path / "reviews") is None
+
+    def read(name):
+        return [json.loads(line) for line in (tmp_path / "film" / name).read_text().splitlines()]
+
+    for split in ("train", "test"):
+        texts = [row["messages"][1]["content"] for row in read(f"chats_{split}.jsonl")]
+        assert sorted(texts) == sorted(f"{split} {i}" for i in range(20))
+        for pair in read(f"pairs_{split}.jsonl"):
+            chosen, rejected = (pair[side][0]["content"] for side in ("chosen", "rejected"))
+            assert int(chosen.split()[1]) % 2 == 1 and int(rejected.split()[1]) % 2 == 0
+            assert pair["prompt"][0]["role"] == "user"
+    prompts = read("prompts.jsonl")
+    assert len(prompts) == 64 and all(len(row["messages"]) == 1 for row in prompts)
 
 
 # ----------------------------------------------------------------------------- docs/ddpo_plot.py

@@ -22,8 +22,7 @@ RUNS = {
     "dpo.py": ["--bf16", "--max-steps", 20],
     "iterative_sft.py": ["--bf16", "--num-train-epochs", 2],
     "ppo.py": [*BF16, "--batch-size", 32, "--mini-batch-size", 8, "--steps", 64],
-    "ddpo.py": ["--mixed-precision", "bf16", "--num-epochs", 1, "--sample-num-steps", 5,
-                "--num-samples", 2],
+    "ddpo.py": ["--bf16", "--num-epochs", 1, "--sample-num-steps", 5, "--num-samples", 2],
 }
 
 

@@ -31,14 +31,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import TOY, InputError
+from common import TOY, InputError, number_of_positions
 from sft import (
     ConstantLengthDataset,
     DataCollatorForCompletionOnlyLM,
     SFTConfig,
     SFTTrainer,
     cross_entropy,
-    number_of_positions,
 )
 
 IGNORE = -100  # the label of a token that is not in the loss
@@ -681,6 +680,13 @@ def test_a_model_may_be_a_folder_that_holds_its_tokenizer(tmp_path, make_args, t
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer = SFTTrainer(model, make_args(), train_dataset=rows_of(TEXTS))
     assert trainer.processing_class.convert_ids_to_tokens(4) == "w4"
+
+
+def test_an_encoder_decoder_may_be_a_folder_too(tmp_path, make_args, tokenizer):
+    hf_model("t5").save_pretrained(tmp_path / "model")
+    trainer = SFTTrainer(str(tmp_path / "model"), make_args(), tokenizer=tokenizer,
+                         train_dataset=Dataset.from_list([{"prompt": "w4", "completion": "w5"}]))
+    assert trainer.model.config.is_encoder_decoder
 
 
 def test_processing_class_is_another_name_for_tokenizer(make_args, make_tokenizer):
