@@ -1072,8 +1072,9 @@ def tokenize_chat(tokenizer, messages, row=None, first=0):
     text = render_chat(tokenizer, messages, row)
     warn_of_lost_thinking(text, messages)
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = [span_of_turn(tokenizer, text, messages, i, row) for i in range(first, len(messages))
-             if messages[i]["role"] == "assistant"]
+    header = generation_prompt(tokenizer, row)
+    turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
+    spans = [span_of_turn(tokenizer, text, messages, i, header, row) for i in turns]
     spans = [span for span in spans if span is not None]
     is_marked = GENERATION_MARK.search(tokenizer.get_chat_template())
     if is_marked and spans:
@@ -1098,24 +1099,25 @@ def split_chat(tokenizer, prompt, answer, row=None):
     text = render_chat(tokenizer, messages, row)
     warn_of_lost_thinking(text, messages)
     warn_of_missing_end(tokenizer, text)
-    span = span_of_turn(tokenizer, text, messages, len(prompt), row)
+    header = generation_prompt(tokenizer, row)
+    span = span_of_turn(tokenizer, text, messages, len(prompt), header, row)
     if span is None:
         raise InputError(f"chat_template (tokenizer): it leaves out the answer {answer[0]}; remove "
                          "the row, or give texts")
     return text[:span[0]], text[span[0]:]
 
 
-def span_of_turn(tokenizer, whole, messages, i, row=None):
+def span_of_turn(tokenizer, whole, messages, i, header, row=None):
     """Return where the assistant's message i begins and ends in `whole`, the rendered chat.
 
-    Templates rewrite earlier turns (Qwen3 drops their thinking), so the turn is looked for in the
-    whole chat. None: the template leaves it out."""
+    header: what the template writes before an answer, see generation_prompt. Templates rewrite
+    earlier turns (Qwen3 drops their thinking), so the turn is looked for in the whole chat. None:
+    the template leaves it out."""
     content = span_of_content(tokenizer, whole, messages, i, row)
     if content is None:
         return None
     # 1. It begins after its generation prompt, or what is left of that in the whole chat
     start = content[0]
-    header = generation_prompt(tokenizer, row)
     previous = span_of_content(tokenizer, whole, messages, i - 1, row) if i else None
     between = whole[previous[1] if previous else 0:content[0]]
     for length in range(len(header), len(header) // 2, -1):

@@ -204,6 +204,14 @@ def check_loss(trainer, batch, compute, model):
     check(gradient(trainer.model, loss), lambda m: gradient(m, compute(m)), model)
 
 
+def check_trained_and_saved(trainer, batch, model):
+    """Check a trainer of the mean NLL per token: its loss, its gradient, and what it saves."""
+    check_loss(trainer, batch, mean_nll, model)
+    folder = trainer.args.output_dir
+    trainer.save_model(folder)
+    check_saved(folder, model, auto_class_of(model), rows()[3][0][None])
+
+
 def check_saved(folder, model, auto_class, ids):
     """Check that plain transformers opens what was saved, with the same logits."""
     saved = auto_class.from_pretrained(folder, dtype=model.dtype).eval()
@@ -245,9 +253,7 @@ def test_sft(family, precision, quiet, tokenizer):
     model = make(family, precision)
     trainer = SFTTrainer(copy.deepcopy(model), TrainingArguments(**quiet), tokenizer=tokenizer,
                          train_dataset=labeled(model))
-    check_loss(trainer, trainer.data_collator(trainer.train_dataset), mean_nll, model)
-    trainer.save_model(quiet["output_dir"])
-    check_saved(quiet["output_dir"], model, auto_class_of(model), rows()[3][0][None])
+    check_trained_and_saved(trainer, trainer.data_collator(trainer.train_dataset), model)
 
 
 @everywhere
@@ -257,9 +263,7 @@ def test_iterative_sft(family, precision, quiet, tokenizer):
     args = TrainingArguments(**quiet)
     trainer = IterativeSFTTrainer(copy.deepcopy(model), args, tokenizer)
     batch = trainer.make_batch([trainer.make_row(row, "a row") for row in labeled(model)])
-    check_loss(trainer, batch, mean_nll, model)
-    trainer.save_model(quiet["output_dir"])
-    check_saved(quiet["output_dir"], model, auto_class_of(model), rows()[3][0][None])
+    check_trained_and_saved(trainer, batch, model)
 
 
 @everywhere
