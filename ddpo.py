@@ -64,17 +64,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+import chats
 import common
-from common import (
-    TOY,
-    InputError,
-    LoopTrainer,
-    check_choices,
-    check_finite,
-    check_ranges,
-    explain,
-    set_seed,
-)
+import machinery
+from common import TOY, InputError, check_finite, explain, set_seed
 
 verbosity = logging.get_verbosity()
 logging.set_verbosity_error()  # importing diffusers warns of torchvision, which is not needed
@@ -226,7 +219,7 @@ class DDPOConfig:
         if self.train_times_per_pass is not None:
             raise InputError(f"train_times_per_pass={self.train_times_per_pass}: this option is "
                              "gone; a pass takes one timestep of train_batch_size samples")
-        check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("num_epochs", "save_freq", "num_checkpoint_limit", "sample_num_steps",
                          "sample_batch_size", "sample_num_batches_per_epoch", "train_batch_size",
                          "train_gradient_accumulation_steps", "train_max_grad_norm",
@@ -240,8 +233,8 @@ class DDPOConfig:
             "[0, 1)": ("train_adam_beta1", "train_adam_beta2"),
             "(-inf, inf)": ("sample_guidance_scale",),
         })
-        check_choices(self, {"log_with": (None, "wandb", "tensorboard"),
-                             "mixed_precision": (None, "no", "fp16", "bf16")})
+        machinery.check_choices(self, {"log_with": (None, "wandb", "tensorboard"),
+                                       "mixed_precision": (None, "no", "fp16", "bf16")})
         if self.bf16:
             if self.mixed_precision not in ("fp16", "bf16"):  # the default is no contradiction
                 raise InputError(f"bf16=True, and mixed_precision={self.mixed_precision!r}: give "
@@ -485,7 +478,7 @@ class DenoisingPolicy:
 
 
 # ----------------------------------------------------------------------------- the update
-class DDPOTrainer(LoopTrainer):
+class DDPOTrainer(machinery.LoopTrainer):
     """DDPO with a reward function and a prompt function of the user's own:
 
         pipeline = DefaultDDPOStableDiffusionPipeline("my/model")
@@ -692,7 +685,7 @@ class DDPOTrainer(LoopTrainer):
         """
         if not isinstance(config, DDPOConfig):
             raise ValueError(f"config must be a DDPOConfig, not {type(config).__name__}")
-        common.setup_ranks()
+        machinery.setup_ranks()
         set_seed(config.seed)
         self.config, self.sd_pipeline = config, sd_pipeline
         self.reward_function, self.prompt_function = reward_function, prompt_function
@@ -728,7 +721,7 @@ class DDPOTrainer(LoopTrainer):
         # the weights are made; from here on each rank draws samples of its own
         set_seed(config.seed + 100_003 * self.accelerator.process_index)
         if config.resume_from:
-            self.load_checkpoint(common.newest_checkpoint(config.resume_from))
+            self.load_checkpoint(machinery.newest_checkpoint(config.resume_from))
 
     def make_accelerator(self):
         """Make the accelerator, and choose the precision of float32 products on GPUs."""
@@ -795,7 +788,7 @@ class DDPOTrainer(LoopTrainer):
         log = None
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            log = common.MetricsFile(self.output_dir / "metrics.jsonl", self.epoch)
+            log = machinery.MetricsFile(self.output_dir / "metrics.jsonl", self.epoch)
         self.bar = tqdm(total=last, initial=self.epoch, unit="epoch", disable=log is None)
         with self.bar:
             while self.epoch < last:
@@ -1134,7 +1127,7 @@ def load_image_reward(name):
     if not name.rpartition(":")[0].endswith(".py"):
         raise InputError(f"reward_function={name!r}: choose one of {', '.join(REWARDS)}, or give "
                          "file.py:function")
-    function = common.load_function("reward_function", name)
+    function = chats.load_function("reward_function", name)
 
     def reward(images, prompts, metadata):
         first = f"{len(prompts)} images, the first for {prompts[0]!r}"
@@ -1147,7 +1140,7 @@ def load_image_reward(name):
 # ----------------------------------------------------------------------------- the script
 def load_image_prompts(name, split=None, config=None):
     """Load prompts as a list of (prompt, its row). Raises InputError."""
-    rows = common.load_rows(name, split, config)
+    rows = machinery.load_rows(name, split, config)
     column = next((c for c in ("prompt", "text", "query") if c in rows.column_names), None)
     if column is None:
         raise InputError(f"prompts={name}: its columns are {rows.column_names}, and none is "
@@ -1224,8 +1217,8 @@ def main(config: DDPOConfig):
     out = Path(config.output_dir or Path("runs") / (config.run_name or config.exp_name))
     config.output_dir = str(out)
     if config.resume_from:
-        config.resume_from = str(common.newest_checkpoint(config.resume_from))
-    common.writable_folder(out, fresh=not config.resume_from)
+        config.resume_from = str(machinery.newest_checkpoint(config.resume_from))
+    machinery.writable_folder(out, fresh=not config.resume_from)
     disable_progress_bar()
     rows = load_image_prompts(config.prompts or TOY / "shapes.txt", config.dataset_split,
                               config.dataset_config)
@@ -1235,7 +1228,7 @@ def main(config: DDPOConfig):
         config.model_name or TOY / "pipeline", pretrained_model_revision=config.revision,
         use_lora=config.lora_r > 0, lora_r=config.lora_r, lora_alpha=config.lora_alpha,
         lora_weights=config.lora_weights)
-    common.use_few_threads(pipeline.unet)
+    machinery.use_few_threads(pipeline.unet)
 
     def draw_prompt():
         """Draw by seed, rank and number alone: a resumed run continues with the same prompts."""
@@ -1260,8 +1253,8 @@ def main(config: DDPOConfig):
 if __name__ == "__main__":
     # what the toy learns from in minutes, and ddpo-pytorch's sizes, which on eight GPUs are the
     # paper's 256 images per epoch: a pass of 4 images of 512 x 512 with a LoRA fits 24 GB
-    common.run(main, DDPOConfig,
-               toy="--num-epochs 50 --sample-num-steps 20 --sample-batch-size 16 "
-                   "--train-batch-size 8 --lora-alpha 16",
-               own="--sample-batch-size 16 --train-batch-size 4 "
-                   "--train-gradient-accumulation-steps 2")
+    machinery.run(main, DDPOConfig,
+                  toy="--num-epochs 50 --sample-num-steps 20 --sample-batch-size 16 "
+                      "--train-batch-size 8 --lora-alpha 16",
+                  own="--sample-batch-size 16 --train-batch-size 4 "
+                      "--train-gradient-accumulation-steps 2")

@@ -59,25 +59,21 @@ from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+import chats
 import common
+import machinery
+from chats import join_chat, same_messages, split_chat, text_to_show
 from common import (
     TOY,
     InputError,
     active_adapter,
     check_finite,
-    check_ranges,
     copy_adapter,
     create_reference_model,
     explain,
-    join_chat,
     logprobs_from_logits,
-    lora_config,
-    map_sets,
     only_logits_of,
-    same_messages,
     set_seed,
-    split_chat,
-    text_to_show,
     unsharded,
 )
 
@@ -94,7 +90,7 @@ SPLIT_FROM = 8  # pairs per batch; larger batches run in groups of similar lengt
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class DPOConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
+class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
     """Every field of transformers.TrainingArguments, and the script's own.
 
     Sizes are per process. The fields whose defaults differ from Trainer's come first."""
@@ -163,7 +159,7 @@ class DPOConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
     def __post_init__(self):
         if self.learning_rate is not None:
             self.learning_rate = float(self.learning_rate)
-        check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("per_device_train_batch_size", "per_device_eval_batch_size",
                          "gradient_accumulation_steps", "num_train_epochs", "lora_alpha"),
             "[0, inf)": ("learning_rate", "lora_r"),
@@ -483,8 +479,8 @@ class DPOTrainer(Trainer):
             after preprocess_logits_for_metrics, and label_ids [rows], all 0.
         All other arguments are fields of DPOConfig."""
         args = copy.copy(args) if args else TrainingArguments("runs/dpo", report_to="none")
-        common.prepare_process(args)
-        settings = common.read_settings(
+        machinery.prepare_process(args)
+        settings = machinery.read_settings(
             DPOTrainer, args, beta=beta, label_smoothing=label_smoothing, loss_type=loss_type,
             reference_free=reference_free, max_length=max_length, truncation_mode=truncation_mode,
             max_prompt_length=max_prompt_length, max_target_length=max_target_length,
@@ -494,7 +490,7 @@ class DPOTrainer(Trainer):
         vars(self).update(settings)
         if ref_model is None and getattr(args, "ref_model_name", None):
             ref_model = args.ref_model_name
-            ref_model_init_kwargs = {**common.loading_arguments(args), "revision": None}
+            ref_model_init_kwargs = {**machinery.loading_arguments(args), "revision": None}
         self.starts_at_reference = (ref_model is None and ref_adapter_name is None
                                     and not self.reference_free)
         tokenizer = tokenizer if tokenizer is not None else processing_class
@@ -539,10 +535,10 @@ class DPOTrainer(Trainer):
                 self.padding_value, label_pad_token_id, self.is_encoder_decoder)
         self.prepare_reference()
         with args.main_process_first(desc="tokenizing"):
-            self.train_dataset = map_sets(self.tokenize, train_dataset, "train_dataset")
-            self.eval_dataset = map_sets(self.tokenize, eval_dataset, "eval_dataset")
-        self.train_dataset = map_sets(self.with_reference, self.train_dataset)
-        self.eval_dataset = map_sets(self.with_reference, self.eval_dataset)
+            self.train_dataset = machinery.map_sets(self.tokenize, train_dataset, "train_dataset")
+            self.eval_dataset = machinery.map_sets(self.tokenize, eval_dataset, "eval_dataset")
+        self.train_dataset = machinery.map_sets(self.with_reference, self.train_dataset)
+        self.eval_dataset = machinery.map_sets(self.with_reference, self.eval_dataset)
 
     # ------------------------------------------------------------------ models
     def call_model_init(self, trial=None):
@@ -551,10 +547,11 @@ class DPOTrainer(Trainer):
 
     def prepare_policy(self, model, args):
         """Put the adapter on, set the learning rate, turn dropout off. Returns the policy."""
-        peft_config = self.peft_config or lora_config(args, model.config.is_encoder_decoder)
-        model = common.prepare_training(model, copy.deepcopy(peft_config), args.seed)
+        lora = machinery.lora_config(args, model.config.is_encoder_decoder)
+        peft_config = copy.deepcopy(self.peft_config or lora)
+        model = machinery.prepare_training(model, peft_config, args.seed)
         if args.learning_rate is None:
-            args.learning_rate = common.scale_learning_rate(5e-4, model)
+            args.learning_rate = machinery.scale_learning_rate(5e-4, model)
         self.is_peft_model = hasattr(model, "peft_config")
         self.prepare_adapters(model)
         if self.disable_dropout:
@@ -647,7 +644,7 @@ class DPOTrainer(Trainer):
         rows = dataset.map(prepare_row, with_indices=True,
                            remove_columns=[] if self.keep_columns else unused,
                            fn_kwargs=self.tokenize_settings(),
-                           **common.map_options(self.args, dataset, self.dataset_num_proc))
+                           **machinery.map_options(self.args, dataset, self.dataset_num_proc))
         faults, truncated = rows["fault"][:], rows["is_truncated"][:]
         empty, equal = faults.count("empty"), faults.count("equal")
         if empty or equal:
@@ -806,7 +803,7 @@ class DPOTrainer(Trainer):
             pairs = sum(len(micro_batch["chosen_labels"]) for micro_batch in batches)
             return batches, self.accelerator.reduce(torch.tensor(float(pairs), device=device))
         prompts, is_encoder_decoder = batch["prompt_input_ids"], self.is_encoder_decoder
-        return tuple(common.join_texts(self.tokenizer, prompts, answers, is_encoder_decoder)
+        return tuple(chats.join_texts(self.tokenizer, prompts, answers, is_encoder_decoder)
                      for answers in self.sample_both(model, batch))
 
     def add_input_names(self, batch):
@@ -834,7 +831,7 @@ class DPOTrainer(Trainer):
         if self.is_encoder_decoder:
             first, max_new_tokens = 1, self.max_target_length
         model = self.accelerator.unwrap_model(model)
-        end_ids = common.end_token_ids(self.tokenizer, model.generation_config.eos_token_id)
+        end_ids = chats.end_token_ids(self.tokenizer, model.generation_config.eos_token_id)
         with unsharded(model), self.accelerator.autocast():
             output = model.generate(
                 input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=max_new_tokens,
@@ -881,11 +878,11 @@ def check_settings(settings):
     if settings.share_prompts is not None:
         raise InputError(f"share_prompts={settings.share_prompts}: this option is gone, each "
                          "answer runs with its prompt; omit it")
-    check_ranges(settings, {"(0, inf)": ("beta",), "[0, 0.5)": ("label_smoothing",),
-                            "[2, inf)": ("max_length",),
-                            "[1, inf)": ("max_prompt_length", "max_target_length",
-                                         "dataset_num_proc")})
-    common.check_choices(settings, {"loss_type": LOSSES, "truncation_mode": TRUNCATION_MODES})
+    machinery.check_ranges(settings, {"(0, inf)": ("beta",), "[0, 0.5)": ("label_smoothing",),
+                                      "[2, inf)": ("max_length",),
+                                      "[1, inf)": ("max_prompt_length", "max_target_length",
+                                                   "dataset_num_proc")})
+    machinery.check_choices(settings, {"loss_type": LOSSES, "truncation_mode": TRUNCATION_MODES})
 
 
 def check_arguments(args, settings, *, model, model_init, model_init_kwargs, ref_model,
@@ -939,7 +936,7 @@ def load_model(model, is_encoder_decoder=None, kwargs=None):
     if not isinstance(model, (str, Path)):
         return model
     with explain(f"model {model} can't be loaded"):
-        return common.load_model(str(model), is_encoder_decoder, **(kwargs or {}))
+        return machinery.load_model(str(model), is_encoder_decoder, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------------------- rows
@@ -1108,7 +1105,7 @@ def show_samples(trainer, title):
         ids = trainer.sample(trainer.model, batch)
     answers = trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
     if trainer.is_world_process_zero():
-        common.log_samples(trainer.args.output_dir, title, [
+        machinery.log_samples(trainer.args.output_dir, title, [
             {"update": trainer.state.global_step, "prompt": prompt, "policy": answer}
             for prompt, answer in zip(prompts, answers, strict=True)])
 
@@ -1117,13 +1114,13 @@ def main(config: DPOConfig):
     """Train a language model with DPO on pairs of answers, one chosen and one rejected.
 
     Returns the metrics of the last evaluation, or of the training if there is none."""
-    out, checkpoint = common.start_run(config)
-    tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "model"), **common.loading_arguments(config))
-    common.use_few_threads(model)
-    pairs, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
+    out, checkpoint = machinery.start_run(config)
+    tokenizer, model = machinery.load_language_model(
+        config.model_name or str(TOY / "model"), **machinery.loading_arguments(config))
+    machinery.use_few_threads(model)
+    pairs, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[common.Journal(out)])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     is_waiting = trainer.model.device.type != config.device.type  # on the CPU, to be sharded
@@ -1131,20 +1128,20 @@ def main(config: DPOConfig):
         show_samples(trainer, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out is not None:
-        metrics = common.last_evaluation(trainer)
+        metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, "after training")
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         what = ("A language model trained on pairs of answers with DPO "
                 f"(loss {trainer.loss_type}, beta {trainer.beta})")
         data = {"pairs": config.dataset or "toy/pairs.jsonl"}
-        common.write_model_card(out, what, config, data, metrics)
+        machinery.write_model_card(out, what, config, data, metrics)
     return metrics
 
 
 if __name__ == "__main__":
     # beta: so small a model, moved further, forgets its grammar
-    common.run(main, DPOConfig, own="--gradient-accumulation-steps 32",
-               lora="--torch-dtype bfloat16",
-               toy="--beta 3 --num-train-epochs 8 --per-device-train-batch-size 32 "
-                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")
+    machinery.run(main, DPOConfig, own="--gradient-accumulation-steps 32",
+                  lora="--torch-dtype bfloat16",
+                  toy="--beta 3 --num-train-epochs 8 --per-device-train-batch-size 32 "
+                      "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

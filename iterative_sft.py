@@ -64,17 +64,10 @@ from transformers import (
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 from transformers.trainer_utils import align_special_tokens, speed_metrics
 
+import chats
 import common
-from common import (
-    TOY,
-    InputError,
-    check_finite,
-    check_ranges,
-    explain,
-    only_logits_of,
-    read_settings,
-    unsharded,
-)
+import machinery
+from common import TOY, InputError, check_finite, explain, only_logits_of, unsharded
 
 IGNORE = -100  # the label of a token that is not trained on
 
@@ -85,7 +78,7 @@ IGNORE = -100  # the label of a token that is not trained on
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class IterativeSFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
+class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
     """Extend TrainingArguments: first its fields that have other defaults here, then our own.
 
     Sizes are per process."""
@@ -150,7 +143,7 @@ class IterativeSFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArgum
     """Type of the weights; the script loads LoRA's base model in bfloat16."""
 
     def __post_init__(self):
-        check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("num_train_epochs", "per_device_train_batch_size",
                          "per_device_eval_batch_size", "gradient_accumulation_steps",
                          "logging_steps", "save_steps", "prompts_per_round", "num_samples",
@@ -159,7 +152,7 @@ class IterativeSFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArgum
             "[0, inf)": ("learning_rate", "max_grad_norm", "weight_decay", "lora_r"),
             "[0, 1)": ("label_smoothing_factor",),
         })
-        common.check_choices(self, {"torch_dtype": common.DTYPES})
+        machinery.check_choices(self, {"torch_dtype": machinery.DTYPES})
         if self.num_best > self.num_samples:
             raise InputError(f"num_best={self.num_best} is more than num_samples="
                              f"{self.num_samples}: lower one or raise the other")
@@ -233,7 +226,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
+class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
     """transformers.Trainer without a dataset: call `step` with rows, as often as you like.
 
         trainer = IterativeSFTTrainer(model, TrainingArguments("out", max_steps=1000), tokenizer)
@@ -413,22 +406,22 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
                              "causal or an encoder-decoder one")
         args = copy.copy(args) if args is not None else TrainingArguments()
         check_arguments(args, eval_dataset)
-        common.prepare_process(args)
-        settings = read_settings(IterativeSFTTrainer, args, max_length=max_length,
-                                 truncation_mode=truncation_mode,
-                                 optimize_device_cache=optimize_device_cache)
+        machinery.prepare_process(args)
+        settings = machinery.read_settings(IterativeSFTTrainer, args, max_length=max_length,
+                                           truncation_mode=truncation_mode,
+                                           optimize_device_cache=optimize_device_cache)
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.positions = common.number_of_positions(model)
         self.max_length = settings["max_length"]
         self.truncation_mode = settings["truncation_mode"]
         self.optimize_device_cache = settings["optimize_device_cache"]
-        common.check_choices(self, {"truncation_mode": ("keep_end", "keep_start")})
+        machinery.check_choices(self, {"truncation_mode": ("keep_end", "keep_start")})
         shortest = 1 if self.seq2seq else 2
         if self.max_length is not None and self.max_length < shortest:
             raise InputError(f"max_length={self.max_length}: it leaves nothing to train on; give "
                              f"{shortest} or more")
-        lora = common.lora_config(args, self.seq2seq)
-        model = common.prepare_training(model, lora, args.seed)
+        lora = machinery.lora_config(args, self.seq2seq)
+        model = machinery.prepare_training(model, lora, args.seed)
         self.tokenizer = tokenizer
         self.text_tokenizer = copy.deepcopy(tokenizer)
         if tokenizer is not None:  # the copy truncates, the caller's keeps its own side
@@ -670,8 +663,8 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
         if state.best_global_step == state.global_step:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
             state.best_model_checkpoint = str(path)
-        with common.new_checkpoint(self.accelerator, args.output_dir, state.global_step,
-                                   args.save_total_limit, state.best_model_checkpoint) as folder:
+        with machinery.new_checkpoint(self.accelerator, args.output_dir, state.global_step,
+                                      args.save_total_limit, state.best_model_checkpoint) as folder:
             weights = self.accelerator.get_state_dict(self.model_wrapped)
             self.accelerator.save_state(str(folder))
             if self.is_world_process_zero():
@@ -688,7 +681,7 @@ class IterativeSFTTrainer(common.TokenMeanEvaluation, Trainer):
 
         Call before the first `step`. Restores weights, optimizer, schedule, random numbers and
         counters."""
-        path = common.trainer_checkpoint(path)
+        path = machinery.trainer_checkpoint(path)
         with explain(f"checkpoint {path} can't be loaded; give an older one, or start again"):
             state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
             self.losses = json.loads(Path(path, "losses.json").read_text())
@@ -781,7 +774,7 @@ def sample_responses(trainer, prompts, n):
     config = trainer.args
     queries = [torch.tensor(prompt["input_ids"]) for prompt in prompts for _ in range(n)]
     with unsharded(trainer.model):
-        responses = common.generate(
+        responses = chats.generate(
             trainer.model, queries, trainer.tokenizer, config.generation_batch_size,
             config.temperature, do_sample=True, max_new_tokens=config.max_new_tokens,
             use_cache=True)
@@ -794,7 +787,7 @@ def score_responses(trainer, reward, prompts, responses):
     repeated = [prompt for prompt, group in zip(prompts, responses, strict=True) for _ in group]
     columns = {name: [prompt[name] for prompt in repeated] for name in repeated[0]}
     flat = [response for group in responses for response in group]
-    inputs = common.reward_inputs(trainer.tokenizer, columns, flat, trainer.seq2seq)
+    inputs = chats.reward_inputs(trainer.tokenizer, columns, flat, trainer.seq2seq)
     scores = reward(**inputs)
     for value, text in zip(scores, inputs["texts"], strict=True):
         if not math.isfinite(value):
@@ -824,7 +817,7 @@ def show_samples(trainer, reward, prompts, title):
         samples.append({"update": trainer.state.global_step, "query": prompt["shown"],
                         "response": text, "score": score})
     if trainer.is_world_process_zero():
-        common.log_samples(trainer.args.output_dir, title, samples)
+        machinery.log_samples(trainer.args.output_dir, title, samples)
 
 
 def plan_steps(config):
@@ -844,27 +837,27 @@ def main(config: IterativeSFTConfig):
     """Fine-tune a language model on the best of its own responses, round after round.
 
     Returns the last round's statistics."""
-    out, checkpoint = common.start_run(config)
+    out, checkpoint = machinery.start_run(config)
     has_card = (out / "README.md").exists()  # the model card is written last
-    tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "model"), **common.loading_arguments(config))
-    common.use_few_threads(model)
-    longest = common.longest_prompt(model, config.max_new_tokens)
+    tokenizer, model = machinery.load_language_model(
+        config.model_name or str(TOY / "model"), **machinery.loading_arguments(config))
+    machinery.use_few_threads(model)
+    longest = machinery.longest_prompt(model, config.max_new_tokens)
     dataset = config.query_dataset or TOY / "prompts.jsonl"
-    prompts = common.load_prompts(
+    prompts = machinery.load_prompts(
         dataset, tokenizer, config.max_query_length, longest,
         split=config.dataset_split, config=config.dataset_config)
-    held_out = common.load_eval_rows(config, dataset)
+    held_out = machinery.load_eval_rows(config, dataset)
     config = copy.copy(config)
     config.max_steps, config.save_steps = plan_steps(config)
     trainer = IterativeSFTTrainer(model, config, tokenizer, eval_dataset=held_out,
-                                  callbacks=[common.Journal(out, ("sampling", "learning"))])
+                                  callbacks=[machinery.Journal(out, ("sampling", "learning"))])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     for row in held_out or []:
         trainer.evaluation_batch([row])  # find a bad row before the training
-    reward = common.load_reward(config.reward_model or TOY / "reward", config.reward_label,
-                                trainer.args.device,
-                                trust_remote_code=config.trust_remote_code)
+    reward = chats.load_reward(config.reward_model or TOY / "reward", config.reward_label,
+                               trainer.args.device,
+                               trust_remote_code=config.trust_remote_code)
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
         has_ended = trainer.state.global_step >= config.max_steps
@@ -889,14 +882,14 @@ def main(config: IterativeSFTConfig):
     if trainer.is_world_process_zero():
         sources = {"prompts": config.query_dataset or "toy/prompts.jsonl",
                    "reward": config.reward_model or "toy/reward"}
-        common.write_model_card(out, "A language model fine-tuned on its own best responses",
-                                config, sources, stats)
+        machinery.write_model_card(out, "A language model fine-tuned on its own best responses",
+                                   config, sources, stats)
     return stats
 
 
 if __name__ == "__main__":
-    common.run(main, IterativeSFTConfig, own="--gradient-accumulation-steps 4",
-               lora="--learning-rate 1e-4 --torch-dtype bfloat16",
-               toy="--learning-rate 1e-4 --num-train-epochs 80 --max-new-tokens 24 "
-                   "--per-device-train-batch-size 32 --per-device-eval-batch-size 8 "
-                   "--generation-batch-size 256 --no-gradient-checkpointing")
+    machinery.run(main, IterativeSFTConfig, own="--gradient-accumulation-steps 4",
+                  lora="--learning-rate 1e-4 --torch-dtype bfloat16",
+                  toy="--learning-rate 1e-4 --num-train-epochs 80 --max-new-tokens 24 "
+                      "--per-device-train-batch-size 32 --per-device-eval-batch-size 8 "
+                      "--generation-batch-size 256 --no-gradient-checkpointing")

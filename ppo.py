@@ -61,13 +61,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import chats
 import common
+import machinery
 from common import (
     TOY,
     AutoModelForCausalLMWithValueHead,
     AutoModelForSeq2SeqLMWithValueHead,
     InputError,
-    LoopTrainer,
     entropy_from_logits,
     logprobs_from_logits,
     masked_mean,
@@ -88,7 +89,7 @@ HIDDEN = tyro.conf.Suppress
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class PPOConfig(common.LoadingFlags):
+class PPOConfig(machinery.LoadingFlags):
     """List the settings of PPO. Sizes are per process unless they say global."""
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
@@ -230,7 +231,7 @@ class PPOConfig(common.LoadingFlags):
             warnings.warn("optimize_cuda_cache: use optimize_device_cache, its name today",
                           stacklevel=3)
             self.optimize_device_cache = self.optimize_cuda_cache
-        common.check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps",
                          "ppo_epochs", "compare_steps", "save_freq", "target", "horizon",
                          "max_new_tokens", "temperature", "generation_batch_size",
@@ -246,7 +247,7 @@ class PPOConfig(common.LoadingFlags):
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps = {self.mini_batch_size} x "
                 f"{self.gradient_accumulation_steps}: change one of the three")
-        common.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
+        machinery.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise InputError("push_to_hub_if_best_kwargs: add the repo_id to push to")
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
@@ -339,7 +340,7 @@ class FixedKLController:
 
 
 # ----------------------------------------------------------------------------- the update
-class PPOTrainer(LoopTrainer):
+class PPOTrainer(machinery.LoopTrainer):
     """Train a policy with PPO. The outer loop is the user's own: generate, score, step.
 
         for batch in trainer.dataloader:
@@ -614,14 +615,14 @@ class PPOTrainer(LoopTrainer):
                                  f"AutoModelForCausalLMWithValueHead, not {type(part).__name__}")
         if not hasattr(tokenizer, "eos_token_id"):
             raise ValueError(f"tokenizer must be the model's, not {type(tokenizer).__name__}")
-        common.setup_ranks()
+        machinery.setup_ranks()
         set_seed(config.seed)
         self.config, self.tokenizer = config, tokenizer
         self.make_accelerator(model)
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers has no effect with a ref_model", stacklevel=2)
-        common.prepare_training(model.pretrained_model)
-        common.refuse_virtual_tokens(model.pretrained_model)
+        machinery.prepare_training(model.pretrained_model)
+        chats.refuse_virtual_tokens(model.pretrained_model)
         self.ref_model = self.make_reference(model, ref_model, num_shared_layers)
         common.disable_dropout(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -707,13 +708,13 @@ class PPOTrainer(LoopTrainer):
 
         query_tensor: a list of LongTensors [length], answered by such a list, or one LongTensor
         [length], answered by a tensor [1, length]. return_prompt: put the prompt before the
-        response. All other arguments: see common.generate. Raises ValueError."""
+        response. All other arguments: see chats.generate. Raises ValueError."""
         single = isinstance(query_tensor, torch.Tensor)
         queries = [query_tensor] if single else list(query_tensor)
 
         def respond(model):
-            rows = common.generate(model, queries, self.tokenizer, batch_size,
-                                   self.config.temperature, length_sampler, **generation_kwargs)
+            rows = chats.generate(model, queries, self.tokenizer, batch_size,
+                                  self.config.temperature, length_sampler, **generation_kwargs)
             if return_prompt and not self.config.is_encoder_decoder:
                 pairs = zip(queries, rows, strict=True)
                 rows = [torch.cat([query.to(row.device), row]) for query, row in pairs]
@@ -1078,12 +1079,12 @@ def load_policy(config):
     """Load the tokenizer and the model with its value head. Raises InputError."""
     name = config.model_name or str(TOY / "model")
     with common.explain(f"model_name {name} can't be loaded"):
-        loading = common.loading_arguments(config)
+        loading = machinery.loading_arguments(config)
         tokenizer = AutoTokenizer.from_pretrained(
             name, **common.hub_arguments(loading, "trust_remote_code"))
-        seq2seq = common.load_config(name, **loading).is_encoder_decoder
+        seq2seq = machinery.load_config(name, **loading).is_encoder_decoder
         auto = AutoModelForSeq2SeqLMWithValueHead if seq2seq else AutoModelForCausalLMWithValueHead
-        lora = common.lora_config(config, seq2seq)
+        lora = machinery.lora_config(config, seq2seq)
         model = auto.from_pretrained(name, peft_config=lora, is_trainable=True,
                                      require_v_head=False, **loading)
     if config.gradient_checkpointing:
@@ -1097,10 +1098,10 @@ def rollout(trainer, reward, batch):
     responses = trainer.generate(batch["input_ids"], batch_size=config.generation_batch_size,
                                  return_prompt=False, do_sample=True,
                                  max_new_tokens=config.max_new_tokens)
-    inputs = common.reward_inputs(tokenizer, batch, responses, config.is_encoder_decoder)
+    inputs = chats.reward_inputs(tokenizer, batch, responses, config.is_encoder_decoder)
     scores = reward(**inputs)
     if config.missing_eos_penalty is not None:
-        ends = common.end_token_ids(tokenizer, trainer.policy.generation_config.eos_token_id)
+        ends = chats.end_token_ids(tokenizer, trainer.policy.generation_config.eos_token_id)
         for i, response in enumerate(responses):
             if response[-1].item() not in ends:
                 scores[i] = scores[i] - config.missing_eos_penalty
@@ -1111,7 +1112,7 @@ def show_samples(trainer, reward, rows, title):
     """Print and keep the policy's responses to a few prompts."""
     _, texts, scores = rollout(trainer, reward, collate(rows))
     if trainer.accelerator.is_main_process:
-        common.log_samples(trainer.config.output_dir, title, [
+        machinery.log_samples(trainer.config.output_dir, title, [
             {"update": trainer.current_step, "query": row["shown"], "response": text,
              "score": score.item()} for row, text, score in zip(rows, texts, scores, strict=True)])
 
@@ -1122,29 +1123,29 @@ def main(config: PPOConfig):
     Returns the last update's statistics."""
     out = Path(config.output_dir or Path("runs") / config.exp_name)
     config.output_dir = str(out)
-    checkpoint = common.newest_checkpoint(config.resume_from) if config.resume_from else None
-    common.writable_folder(out, fresh=not checkpoint)
+    checkpoint = machinery.newest_checkpoint(config.resume_from) if config.resume_from else None
+    machinery.writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh adapter is the same on all ranks
     tokenizer, model = load_policy(config)
-    common.use_few_threads(model)
-    longest = common.longest_prompt(model, config.max_new_tokens)
-    dataset = common.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
-                                  config.max_query_length, longest,
-                                  keep_columns=not config.remove_unused_columns,
-                                  split=config.dataset_split, config=config.dataset_config)
+    machinery.use_few_threads(model)
+    longest = machinery.longest_prompt(model, config.max_new_tokens)
+    dataset = machinery.load_prompts(config.query_dataset or TOY / "prompts.jsonl", tokenizer,
+                                     config.max_query_length, longest,
+                                     keep_columns=not config.remove_unused_columns,
+                                     split=config.dataset_split, config=config.dataset_config)
     trainer = PPOTrainer(config, model, None, tokenizer, dataset)
-    reward = common.load_reward(config.reward_model or TOY / "reward", config.reward_label,
-                                trainer.accelerator.device,
-                                trust_remote_code=config.trust_remote_code)
+    reward = chats.load_reward(config.reward_model or TOY / "reward", config.reward_label,
+                               trainer.accelerator.device,
+                               trust_remote_code=config.trust_remote_code)
     log = None
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
     else:
         show_samples(trainer, reward, dataset[:8], "before training")
     if trainer.accelerator.is_main_process:
-        log = common.MetricsFile(out / "metrics.jsonl", trainer.current_step)
+        log = machinery.MetricsFile(out / "metrics.jsonl", trainer.current_step)
         if checkpoint:  # samples of later updates will be drawn again
-            common.MetricsFile(out / "samples.jsonl", trainer.current_step)
+            machinery.MetricsFile(out / "samples.jsonl", trainer.current_step)
 
     stats = {}
     bar = tqdm(total=config.total_ppo_epochs, initial=trainer.current_step, unit="update",
@@ -1175,5 +1176,5 @@ def main(config: PPOConfig):
 
 
 if __name__ == "__main__":
-    common.run(main, PPOConfig, lora="--learning-rate 1e-4 --torch-dtype bfloat16",
-               own="--mini-batch-size 8 --max-new-tokens 128 --generation-batch-size 64")
+    machinery.run(main, PPOConfig, lora="--learning-rate 1e-4 --torch-dtype bfloat16",
+                  own="--mini-batch-size 8 --max-new-tokens 128 --generation-batch-size 64")

@@ -35,7 +35,7 @@ it.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. Pairs of similar length go through the model together, padded on the right, with both texts
      of a pair next to each other.
-  2. Padding is a token that ends no text (see common.prepare_classifier_tokenizer), so training and
+  2. Padding is a token that ends no text (see chats.prepare_classifier_tokenizer), so training and
      use read a decoder's score at the same last token, also of texts that end with the end token.
   3. Each pair has its own margin. TRL subtracts margins [B] from differences [B, 1], which compares
      each pair with all margins. Ties count neither as right nor as wrong.
@@ -67,18 +67,11 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+import chats
 import common
-from common import (
-    TOY,
-    InputError,
-    RetiredArguments,
-    check_finite,
-    check_ranges,
-    explain,
-    join_chat,
-    judged_ids,
-    read_settings,
-)
+import machinery
+from chats import join_chat, judged_ids
+from common import TOY, InputError, check_finite, explain
 
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
@@ -91,7 +84,8 @@ FORWARD_PASSES = 4  # per micro-batch: four groups of similar length need less p
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class RewardConfig(common.TrainerFlags, common.LoadingFlags, RetiredArguments, TrainingArguments):
+class RewardConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
+                   TrainingArguments):
     """List the settings of reward modeling, after transformers.TrainingArguments.
 
     Sizes are per process. Fields that transformers 5 has retired still mean what they meant."""
@@ -124,15 +118,15 @@ class RewardConfig(common.TrainerFlags, common.LoadingFlags, RetiredArguments, T
     """LoRA scale is lora_alpha / lora_r."""
 
     def __post_init__(self):
-        check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("max_length", "dataset_num_proc", "per_device_train_batch_size",
                          "per_device_eval_batch_size", "gradient_accumulation_steps",
                          "num_train_epochs", "lora_alpha"),
             "[0, inf)": ("learning_rate", "weight_decay", "center_rewards_coefficient", "lora_r"),
             "[0, 0.5]": ("label_smoothing_factor",),
         })
-        common.check_choices(self, {"torch_dtype": common.DTYPES})
-        common.replace_retired(self)
+        machinery.check_choices(self, {"torch_dtype": machinery.DTYPES})
+        machinery.replace_retired(self)
         if self.report_to is None:
             self.report_to = "none"
         super().__post_init__()
@@ -312,12 +306,12 @@ class RewardTrainer(Trainer):
                 setattr(args, field.name, field.default)
         if args.ddp_broadcast_buffers is None:  # DDP would, between the forward passes of a batch
             args.ddp_broadcast_buffers = False
-        common.prepare_process(args)
+        machinery.prepare_process(args)
         tokenizer = tokenizer or processing_class
         if tokenizer is None:
             raise InputError("tokenizer=None: RewardTrainer needs the model's tokenizer; pass it")
-        self.tokenizer = common.prepare_classifier_tokenizer(tokenizer)
-        self.peft_config = peft_config or common.lora_config(args)
+        self.tokenizer = chats.prepare_classifier_tokenizer(tokenizer)
+        self.peft_config = peft_config or machinery.lora_config(args)
         self.has_own_collator = data_collator is not None
         if args.remove_unused_columns and not self.has_own_collator:
             warnings.warn("remove_unused_columns=True: it has no effect, the columns of pairs and "
@@ -334,12 +328,12 @@ class RewardTrainer(Trainer):
             train_dataset=train_dataset, eval_dataset=eval_dataset,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         self.max_length = self.find_max_length(max_length)
-        common.set_truncation(self.tokenizer, self.max_length)  # use truncates as training does
+        chats.set_truncation(self.tokenizer, self.max_length)  # use truncates as training does
         self.data_collator = data_collator or RewardDataCollatorWithPadding(
             self.tokenizer, max_length=self.max_length)
         self.train_dataset = self.prepare(train_dataset, "training")
-        self.eval_dataset = common.map_sets(common.read_stream,
-                                            self.prepare(eval_dataset, "evaluation"))
+        self.eval_dataset = machinery.map_sets(machinery.read_stream,
+                                               self.prepare(eval_dataset, "evaluation"))
         # sums over pairs, see sum_pairs
         self.train_sums = torch.zeros(6, device=self.args.device)  # since the last line of the log
         self.eval_sums = torch.zeros(6, device=self.args.device)   # of the evaluation, all ranks
@@ -349,14 +343,14 @@ class RewardTrainer(Trainer):
         if model.config.num_labels != 1:
             raise InputError(f"num_labels={model.config.num_labels} (model): a reward is one "
                              "number; load the model with num_labels=1")
-        common.set_classifier_padding(model, self.tokenizer)
+        chats.set_classifier_padding(model, self.tokenizer)
         peft_config = copy.deepcopy(self.peft_config)
         if peft_config is not None:
             peft_config.task_type = "SEQ_CLS"  # the head is trained, and saved with the adapter
-        model = common.prepare_training(model, peft_config, args.seed)
-        common.refuse_virtual_tokens(model)
+        model = machinery.prepare_training(model, peft_config, args.seed)
+        chats.refuse_virtual_tokens(model)
         if args.learning_rate is None:
-            args.learning_rate = common.scale_learning_rate(2e-3, model)
+            args.learning_rate = machinery.scale_learning_rate(2e-3, model)
         return model
 
     def call_model_init(self, trial=None):
@@ -365,7 +359,7 @@ class RewardTrainer(Trainer):
 
     def find_max_length(self, max_length):
         """Return the maximum length: the argument or the config's, and what the model takes."""
-        settings = read_settings(RewardTrainer, self.args, max_length=max_length)
+        settings = machinery.read_settings(RewardTrainer, self.args, max_length=max_length)
         longest = min(common.number_of_positions(self.model), self.tokenizer.model_max_length)
         return min(settings["max_length"] or longest, longest)
 
@@ -390,7 +384,7 @@ class RewardTrainer(Trainer):
                              "them to chosen and rejected (and perhaps prompt), or to "
                              f"{', '.join(COLUMNS)}")
         is_stream = isinstance(rows, IterableDataset)
-        options = common.map_options(self.args, rows, self.args.dataset_num_proc)
+        options = machinery.map_options(self.args, rows, self.args.dataset_num_proc)
         encoding = {"tokenizer": self.tokenizer, "max_length": self.max_length}
         with self.args.main_process_first(), explain(f"{name} dataset can't be tokenized"):
             others = [] if is_tokenized else [c for c in columns if c != "margin"]
@@ -451,11 +445,11 @@ class RewardTrainer(Trainer):
     def evaluate(self, eval_dataset=None, **kwargs):
         """Call Trainer's evaluate, on rows as the constructor takes them."""
         rows = self.prepare(eval_dataset, "evaluation")
-        return super().evaluate(common.map_sets(common.read_stream, rows), **kwargs)
+        return super().evaluate(machinery.map_sets(machinery.read_stream, rows), **kwargs)
 
     def predict(self, test_dataset, **kwargs):
         """Call Trainer's predict, on rows as the constructor takes them."""
-        return super().predict(common.read_stream(self.prepare(test_dataset, "test")), **kwargs)
+        return super().predict(machinery.read_stream(self.prepare(test_dataset, "test")), **kwargs)
 
 
 def sum_pairs(chosen, rejected, losses):
@@ -576,7 +570,7 @@ def text_of(row, side, tokenizer):
     whole = join(row.get("prompt"), row[side])
     if isinstance(whole, str):
         return whole
-    return f"{common.text_to_show(whole)}\n{whole[-1]['content']}"
+    return f"{chats.text_to_show(whole)}\n{whole[-1]['content']}"
 
 
 def pick_samples(trainer, rows, n=4):
@@ -604,22 +598,22 @@ def show_samples(trainer, samples, title):
                 "score": outputs[f"rewards_{side}"][i].item(), "side": side,
                 "text": text_of(sample, side, trainer.tokenizer)})
     if trainer.is_world_process_zero():
-        common.log_samples(trainer.args.output_dir, title, rows)
+        machinery.log_samples(trainer.args.output_dir, title, rows)
 
 
 def main(config: ScriptConfig):
     """Train a reward model on pairs of a chosen and a rejected text.
 
     Returns the metrics of the last evaluation."""
-    out, checkpoint = common.start_run(config)
+    out, checkpoint = machinery.start_run(config)
     name = config.model_name or str(TOY / "blank_reward")
     with explain(f"model_name={name} can't be loaded"):
-        tokenizer = common.load_tokenizer(name, **common.loading_arguments(config))
-        model = common.load_sequence_classifier(name, **common.loading_arguments(config))
-    common.use_few_threads(model)
-    rows, held_out = common.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
+        tokenizer = machinery.load_tokenizer(name, **machinery.loading_arguments(config))
+        model = machinery.load_sequence_classifier(name, **machinery.loading_arguments(config))
+    machinery.use_few_threads(model)
+    rows, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = RewardTrainer(model, config, None, rows, held_out, tokenizer,
-                            callbacks=[common.Journal(out)])
+                            callbacks=[machinery.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     samples = pick_samples(trainer, held_out or rows)
@@ -628,18 +622,18 @@ def main(config: ScriptConfig):
         show_samples(trainer, samples, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        metrics = common.last_evaluation(trainer)
+        metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, samples, "after training")
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         what = "A reward model: a classifier that scores a text, trained on pairs"
         data = {"pairs": config.dataset or "toy/pairs.jsonl"}
-        common.write_model_card(out, what, config, data, metrics)
+        machinery.write_model_card(out, what, config, data, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    common.run(main, ScriptConfig, own="--gradient-accumulation-steps 8",
-               lora="--torch-dtype bfloat16",
-               toy="--num-train-epochs 16 --weight-decay 1 --per-device-train-batch-size 64 "
-                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")
+    machinery.run(main, ScriptConfig, own="--gradient-accumulation-steps 8",
+                  lora="--torch-dtype bfloat16",
+                  toy="--num-train-epochs 16 --weight-decay 1 --per-device-train-batch-size 64 "
+                      "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

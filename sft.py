@@ -55,21 +55,11 @@ from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProgressCallback, Trainer, TrainingArguments
 
+import chats
 import common
-from common import (
-    TOY,
-    InputError,
-    check_finite,
-    check_ranges,
-    explain,
-    is_chat,
-    join_chat,
-    number_of_positions,
-    only_logits_of,
-    same_messages,
-    split_chat,
-    tokenize_chat,
-)
+import machinery
+from chats import is_chat, join_chat, same_messages, split_chat, tokenize_chat
+from common import TOY, InputError, check_finite, explain, number_of_positions, only_logits_of
 
 IGNORE = -100  # the label of a token that is not in the loss
 RATE_OF_TOY_MODEL = 4e-3  # learning rate of a model with 100,000 parameters
@@ -82,7 +72,7 @@ SLICE = 256  # tokens whose cross-entropy is computed at a time
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class SFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
+class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
     """Extend transformers.TrainingArguments: some defaults differ, and the script has its own."""
 
     output_dir: Optional[str] = "runs/sft"
@@ -135,7 +125,7 @@ class SFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
     def __post_init__(self):
         if self.learning_rate is not None:  # a JSON or YAML file may hold "2e-4", a text
             self.learning_rate = float(self.learning_rate)
-        check_ranges(self, {
+        machinery.check_ranges(self, {
             "(0, inf)": ("per_device_train_batch_size", "per_device_eval_batch_size",
                          "num_train_epochs", "gradient_accumulation_steps", "logging_steps",
                          "dataset_num_proc", "lora_alpha"),
@@ -143,7 +133,7 @@ class SFTConfig(common.TrainerFlags, common.LoadingFlags, TrainingArguments):
             "(1, inf)": ("max_seq_length",),
             "[0, 1)": ("label_smoothing_factor",),
         })
-        common.check_choices(self, {"torch_dtype": common.DTYPES})
+        machinery.check_choices(self, {"torch_dtype": machinery.DTYPES})
         if self.response_template and self.assistant_only_loss:
             raise InputError(f"response_template={self.response_template!r}: assistant_only_loss "
                              "chooses the tokens in the loss too; give one of them")
@@ -171,7 +161,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class SFTTrainer(common.TokenMeanEvaluation, Trainer):
+class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
     """Minimize the loss above with transformers.Trainer.
 
         trainer = SFTTrainer(model, SFTConfig(output_dir="out"), train_dataset=rows,
@@ -270,7 +260,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
             packing: the last row, which is shorter), assistant_only_loss."""
         # the arguments, with the config's fields
         args = prepare_args(args, eval_dataset)
-        settings = common.read_settings(
+        settings = machinery.read_settings(
             SFTTrainer, args, dataset_text_field=dataset_text_field, packing=packing,
             max_seq_length=max_seq_length, dataset_num_proc=dataset_num_proc,
             neftune_noise_alpha=neftune_noise_alpha)
@@ -280,7 +270,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
 
         # model, tokenizer and collator
         model = load_model(model, model_init_kwargs)
-        self.tokenizer = common.with_padding(
+        self.tokenizer = machinery.with_padding(
             tokenizer or processing_class or tokenizer_of(model, **(model_init_kwargs or {})))
         data_collator = self.choose_collator(data_collator, args)
         self.peft_config = peft_config
@@ -291,7 +281,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
             eval_dataset=eval_dataset, processing_class=self.tokenizer, model_init=model_init,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
-        common.prepare_process(self.args)
+        machinery.prepare_process(self.args)
         self.seq2seq = self.model.config.is_encoder_decoder
         self.model_accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
@@ -306,8 +296,8 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
                 train_dataset, bool(infinite), num_of_sequences, chars_per_token)
         else:
             self.train_dataset = self.prepare(train_dataset, "train_dataset")
-        self.eval_dataset = common.map_sets(common.read_stream,
-                                            self.prepare(eval_dataset, "eval_dataset"))
+        self.eval_dataset = machinery.map_sets(machinery.read_stream,
+                                               self.prepare(eval_dataset, "eval_dataset"))
 
     def choose_collator(self, data_collator, args):
         """Return the data collator: the one given, response_template's, or `collate`."""
@@ -329,10 +319,10 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
 
     def prepare_model(self, model, args):
         """Add a fresh adapter, and choose a learning rate for the model's size if none is set."""
-        lora = common.lora_config(args, model.config.is_encoder_decoder)
-        model = common.prepare_training(model, self.peft_config or lora, args.seed)
+        lora = machinery.lora_config(args, model.config.is_encoder_decoder)
+        model = machinery.prepare_training(model, self.peft_config or lora, args.seed)
         if args.learning_rate is None:
-            args.learning_rate = common.scale_learning_rate(RATE_OF_TOY_MODEL, model)
+            args.learning_rate = machinery.scale_learning_rate(RATE_OF_TOY_MODEL, model)
         return model
 
     def call_model_init(self, trial=None):
@@ -384,11 +374,11 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
         if any(map(is_chat, first[0].values())):
             # `generate` stops where the template ends an answer, also of a model without chats
             ends = self.model.generation_config
-            ends.eos_token_id = sorted(common.end_token_ids(self.tokenizer, ends.eos_token_id))
+            ends.eos_token_id = sorted(chats.end_token_ids(self.tokenizer, ends.eos_token_id))
         if "position_ids" in first[0]:  # packed rows
             self.check_packing()
             return rows
-        options = common.map_options(self.args, rows, self.num_proc)
+        options = machinery.map_options(self.args, rows, self.num_proc)
         with self.args.main_process_first(), explain(f"{name}: its rows can't be tokenized"):
             tokens = self.tokenize(rows, first, self.max_seq_length)
             start = {"start": int(not self.seq2seq)}
@@ -406,7 +396,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
                    "max_length": max_length, "completions": self.completion_collator}
         return rows.map(tokenize, batched=True, batch_size=self.rows_at_once, fn_kwargs=options,
                         remove_columns=list(first[0]),
-                        **common.map_options(self.args, rows, self.num_proc))
+                        **machinery.map_options(self.args, rows, self.num_proc))
 
     def report_rows(self, name, tokens, kept, first_row, start):
         """Print how many rows are truncated, and how many are dropped: no token is in the loss.
@@ -479,7 +469,7 @@ class SFTTrainer(common.TokenMeanEvaluation, Trainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """Evaluate; eval_dataset may hold any rows that the constructor takes."""
         if not isinstance(eval_dataset, dict):  # Trainer calls this method for each set of a dict
-            eval_dataset = common.read_stream(self.prepare(eval_dataset, "eval_dataset"))
+            eval_dataset = machinery.read_stream(self.prepare(eval_dataset, "eval_dataset"))
         return super().evaluate(eval_dataset, *args, **kwargs)
 
 
@@ -501,7 +491,7 @@ def load_model(model, model_init_kwargs):
     """Load a model that is given by its name. Raises InputError."""
     if isinstance(model, str):
         with explain(f"model={model}: it can't be loaded"):
-            return common.load_model(model, **(model_init_kwargs or {}))
+            return machinery.load_model(model, **(model_init_kwargs or {}))
     if model_init_kwargs:
         raise InputError(f"model_init_kwargs={model_init_kwargs}: they load a model by its name, "
                          "and `model` is a model already; leave them out")
@@ -512,7 +502,7 @@ def tokenizer_of(model, **kwargs):
     """Load the tokenizer of a model that was loaded with kwargs. Raises InputError."""
     if model is None or not model.config.name_or_path:
         raise InputError("tokenizer=None: the model does not say where its tokenizer is; pass one")
-    return common.load_tokenizer(model.config.name_or_path, **kwargs)
+    return machinery.load_tokenizer(model.config.name_or_path, **kwargs)
 
 
 # ----------------------------------------------------------------------------- rows -> tokens
@@ -955,11 +945,11 @@ def show_samples(trainer, rows, title, folder):
     samples = []
     for row in rows:
         prompt, shown = sample_prompt(trainer, row)
-        ids, = common.generate(trainer.model, [torch.tensor(prompt)], trainer.tokenizer,
-                               do_sample=True, max_new_tokens=40)
+        ids, = chats.generate(trainer.model, [torch.tensor(prompt)], trainer.tokenizer,
+                              do_sample=True, max_new_tokens=40)
         samples.append({"update": trainer.state.global_step, "prompt": shown,
                         "completion": trainer.tokenizer.decode(ids, skip_special_tokens=True)})
-    common.log_samples(folder, title, samples)
+    machinery.log_samples(folder, title, samples)
 
 
 def sample_prompt(trainer, row):
@@ -971,8 +961,8 @@ def sample_prompt(trainer, row):
     text_field = trainer.encoding["dataset_text_field"]
     chat = row["prompt"] if is_pair(row, text_field) else row.get(text_field or "messages")
     if is_chat(chat):
-        prompt = common.prompt_ids(tokenizer, chat)
-        shown = common.text_to_show(chat)
+        prompt = chats.prompt_ids(tokenizer, chat)
+        shown = chats.text_to_show(chat)
     else:
         ids, labels = encode(row, seq2seq=trainer.seq2seq, **trainer.encoding)
         if trainer.completion_collator:
@@ -988,31 +978,31 @@ def main(config: SFTConfig):
     """Fine-tune a language model on texts, prompts with completions, or chats.
 
     Returns the metrics of the last evaluation."""
-    out, checkpoint = common.start_run(config)
-    tokenizer, model = common.load_language_model(
-        config.model_name or str(TOY / "blank"), **common.loading_arguments(config))
-    common.use_few_threads(model)
-    rows, held_out = common.load_train_and_eval_rows(
+    out, checkpoint = machinery.start_run(config)
+    tokenizer, model = machinery.load_language_model(
+        config.model_name or str(TOY / "blank"), **machinery.loading_arguments(config))
+    machinery.use_few_threads(model)
+    rows, held_out = machinery.load_train_and_eval_rows(
         config, "reviews.jsonl", "reviews_test.jsonl")
     trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[common.Journal(out)])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     shown = list(islice(held_out or rows, 5))
     if not checkpoint:
         show_samples(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:
-        metrics = common.last_evaluation(trainer)
+        metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, shown, "after training", out)
     trainer.save_model(str(out))
     if trainer.is_world_process_zero():
-        common.write_model_card(out, "A language model fine-tuned on texts", config,
-                                {"texts": config.dataset or "toy/reviews.jsonl"}, metrics)
+        machinery.write_model_card(out, "A language model fine-tuned on texts", config,
+                                   {"texts": config.dataset or "toy/reviews.jsonl"}, metrics)
     return metrics
 
 
 if __name__ == "__main__":
-    common.run(main, SFTConfig, own="--gradient-accumulation-steps 16",
-               lora="--torch-dtype bfloat16",
-               toy="--num-train-epochs 8 --per-device-train-batch-size 32 "
-                   "--per-device-eval-batch-size 64 --no-gradient-checkpointing")
+    machinery.run(main, SFTConfig, own="--gradient-accumulation-steps 16",
+                  lora="--torch-dtype bfloat16",
+                  toy="--num-train-epochs 8 --per-device-train-batch-size 32 "
+                      "--per-device-eval-batch-size 64 --no-gradient-checkpointing")

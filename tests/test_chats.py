@@ -7,7 +7,8 @@ from conftest import hf_model
 from datasets import Dataset
 from templates import CHATS, NO_END, NO_SYSTEM, TEMPLATES, chat_tokenizer
 
-import common
+import chats
+import machinery
 from common import InputError
 from sft import IGNORE, SFTConfig, SFTTrainer, encode
 
@@ -46,7 +47,7 @@ def test_the_assistant_s_turns_and_their_ends_are_in_the_loss(name, kind):
     if name in NO_SYSTEM and chat[0]["role"] == "system":
         chat = chat[1:]
     tokenizer = chat_tokenizer(name)
-    ids, mask = common.tokenize_chat(tokenizer, chat)
+    ids, mask = chats.tokenize_chat(tokenizer, chat)
     whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
     assert ids == whole[:len(ids)] and not tokenizer.decode(whole[len(ids):]).strip()
     got = [text.lstrip(" ") for text in trained_text(tokenizer, ids, mask)]
@@ -58,8 +59,8 @@ def test_the_assistant_s_turns_and_their_ends_are_in_the_loss(name, kind):
 def test_the_loss_begins_where_sampling_does(name):
     """But for generation prompts that open a thinking which this answer lacks."""
     chat, tokenizer = CHATS["one turn"], chat_tokenizer(name)
-    ids, mask = common.tokenize_chat(tokenizer, chat)
-    prompt = common.chat_ids(tokenizer, chat[:-1], add_generation_prompt=True)
+    ids, mask = chats.tokenize_chat(tokenizer, chat)
+    prompt = chats.chat_ids(tokenizer, chat[:-1], add_generation_prompt=True)
     assert mask.index(1) == len(prompt) and ids[:len(prompt)] == prompt
 
 
@@ -72,7 +73,7 @@ def test_thinking_is_in_the_loss_where_the_template_keeps_it_and_its_loss_is_sai
     tokenizer = chat_tokenizer(name)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        ids, mask = common.tokenize_chat(tokenizer, CHATS["thinking"])
+        ids, mask = chats.tokenize_chat(tokenizer, CHATS["thinking"])
     assert trained_text(tokenizer, ids, mask) == want
     assert any("thinking" in str(w.message) for w in seen) == (name != "chatml")
 
@@ -81,14 +82,14 @@ def test_a_chat_may_begin_with_the_assistant_and_answer_twice():
     tokenizer = chat_tokenizer("chatml")
     chat = [{"role": "assistant", "content": "Hello."}, *CHATS["one turn"],
             {"role": "assistant", "content": "And long."}]
-    got = trained_text(tokenizer, *common.tokenize_chat(tokenizer, chat))
+    got = trained_text(tokenizer, *chats.tokenize_chat(tokenizer, chat))
     assert got == ["Hello.<|im_end|>", "The plot was bland.<|im_end|>", "And long.<|im_end|>"]
 
 
 def test_a_tool_call_is_in_the_loss_and_the_tools_are_in_the_prompt():
     tokenizer = chat_tokenizer("chatml")
     row = {"tools": [{"type": "function", "function": {"name": "weather", "strict": None}}]}
-    ids, mask = common.tokenize_chat(tokenizer, CHATS["tool call"], row)
+    ids, mask = chats.tokenize_chat(tokenizer, CHATS["tool call"], row)
     (text,) = trained_text(tokenizer, ids, mask)
     assert text == ('<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
                     "<|im_end|>")
@@ -99,22 +100,23 @@ def test_a_tool_call_is_in_the_loss_and_the_tools_are_in_the_prompt():
 def test_arrow_s_nulls_and_template_arguments():
     tokenizer = chat_tokenizer("qwen3")
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-    chats = [CHATS["one turn"], [CHATS["one turn"][0], {"role": "assistant", "tool_calls": [call]}]]
-    arrow = Dataset.from_list([{"messages": chat} for chat in chats])
-    for chat, row in zip(chats, arrow, strict=True):
-        want = common.tokenize_chat(tokenizer, chat)
-        assert common.tokenize_chat(tokenizer, row["messages"]) == want
+    answer = {"role": "assistant", "tool_calls": [call]}
+    conversations = [CHATS["one turn"], [CHATS["one turn"][0], answer]]
+    arrow = Dataset.from_list([{"messages": chat} for chat in conversations])
+    for chat, row in zip(conversations, arrow, strict=True):
+        want = chats.tokenize_chat(tokenizer, chat)
+        assert chats.tokenize_chat(tokenizer, row["messages"]) == want
     row = {"chat_template_kwargs": {"enable_thinking": False}}
-    prompt = common.chat_ids(tokenizer, chats[0][:1], row, add_generation_prompt=True)
+    prompt = chats.chat_ids(tokenizer, conversations[0][:1], row, add_generation_prompt=True)
     assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
-    text = common.tokenize_chat(tokenizer, chats[0], row)
+    text = chats.tokenize_chat(tokenizer, conversations[0], row)
     assert trained_text(tokenizer, *text) == ["The plot was bland.<|im_end|>"]
 
 
 def test_marks_of_the_template_win_and_earlier_answers_of_a_prompt_are_not_in_the_loss():
     for name in ("chatml_marked", "llama3"):
         tokenizer, chat = chat_tokenizer(name), CHATS["several turns"]
-        ids, mask = common.tokenize_chat(tokenizer, chat, first=4)
+        ids, mask = chats.tokenize_chat(tokenizer, chat, first=4)
         (text,) = trained_text(tokenizer, ids, mask)
         assert text.startswith("It was slightly fresh, I think.<|") and text.count("<|") == 1
 
@@ -123,14 +125,14 @@ def test_a_template_without_end_is_warned_about():
     for name in TEMPLATES:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            common.tokenize_chat(chat_tokenizer(name), CHATS["one turn"])
+            chats.tokenize_chat(chat_tokenizer(name), CHATS["one turn"])
         assert any("no end token" in str(w.message) for w in seen) == (name in NO_END)
 
 
 # ----------------------------------------------------------------------------- sft's rows
 def test_a_pair_of_chats_is_its_whole_conversation_with_the_completion_in_the_loss():
     tokenizer, chat = chat_tokenizer("qwen3"), CHATS["several turns"]
-    whole = common.tokenize_chat(tokenizer, chat, first=4)
+    whole = chats.tokenize_chat(tokenizer, chat, first=4)
     want = [token if m else IGNORE for token, m in zip(*whole, strict=True)]
     for row in ({"prompt": chat[:4], "completion": chat[4:]},
                 {"prompt": chat[:4], "completion": chat[4]["content"]},
@@ -141,12 +143,12 @@ def test_a_pair_of_chats_is_its_whole_conversation_with_the_completion_in_the_lo
 @pytest.mark.parametrize("name", ["llama3", "gemma"])
 def test_a_chat_rendered_to_text_has_one_bos(name):
     tokenizer, chat = chat_tokenizer(name), CHATS["one turn"]
-    text = common.render_chat(tokenizer, chat)
+    text = chats.render_chat(tokenizer, chat)
     ids, _ = encode({"text": text}, tokenizer)
     assert ids.count(tokenizer.bos_token_id) == 1
-    want = common.chat_ids(tokenizer, chat)
+    want = chats.chat_ids(tokenizer, chat)
     assert ids[:len(want)] == want
-    prompt = common.render_chat(tokenizer, chat[:1], add_generation_prompt=True)
+    prompt = chats.render_chat(tokenizer, chat[:1], add_generation_prompt=True)
     ids, _ = encode({"prompt": prompt, "completion": "Good."}, tokenizer)
     assert ids.count(tokenizer.bos_token_id) == 1
 
@@ -193,12 +195,12 @@ def test_a_chat_that_is_too_long_is_dropped_and_keeps_its_generation_prompt(tmp_
     tokenizer = chat_tokenizer("chatml")
     rows = Dataset.from_list([{"messages": CHATS[kind]} for kind in ("several turns", "one turn")])
     rows.save_to_disk(tmp_path / "rows")
-    limit = len(common.chat_ids(tokenizer, CHATS["one turn"][:1], add_generation_prompt=True))
+    limit = len(chats.chat_ids(tokenizer, CHATS["one turn"][:1], add_generation_prompt=True))
     with pytest.warns(UserWarning, match="dropped 1 of 2 chats, row 0 the first"):
-        (row,) = common.load_prompts(tmp_path / "rows", tokenizer, max_length=limit)
+        (row,) = machinery.load_prompts(tmp_path / "rows", tokenizer, max_length=limit)
     assert row["query"].endswith("<|im_start|>assistant\n")
     with pytest.raises(InputError, match="max_query_length"), pytest.warns(UserWarning):
-        common.load_prompts(tmp_path / "rows", tokenizer, max_length=limit - 1)
+        machinery.load_prompts(tmp_path / "rows", tokenizer, max_length=limit - 1)
 
 
 @pytest.mark.parametrize("name, end", [
@@ -206,7 +208,7 @@ def test_a_chat_that_is_too_long_is_dropped_and_keeps_its_generation_prompt(tmp_
     ("phi3", "<|end|>"), ("mistral", "</s>"), ("glm4", None), ("gpt2", None)])
 def test_a_response_ends_with_the_template_s_token(name, end):
     tokenizer = chat_tokenizer(name)
-    got = common.chat_end_id(tokenizer)
+    got = chats.chat_end_id(tokenizer)
     assert got == (end and tokenizer.convert_tokens_to_ids(end))
 
 
@@ -228,10 +230,10 @@ def test_sampling_stops_at_an_end_that_only_the_template_knows():
     tokenizer = chat_tokenizer("gemma")
     model = hf_model("llama", vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = None
-    head = Always(model.get_output_embeddings(), common.chat_end_id(tokenizer))
+    head = Always(model.get_output_embeddings(), chats.chat_end_id(tokenizer))
     model.set_output_embeddings(head)
-    (response,) = common.generate(model, [torch.tensor([9, 10])], tokenizer, do_sample=False,
-                                  max_new_tokens=20)
+    (response,) = chats.generate(model, [torch.tensor([9, 10])], tokenizer, do_sample=False,
+                                 max_new_tokens=20)
     assert response.tolist() == [head.token] and head.calls == 1
 
 
@@ -240,12 +242,12 @@ def test_a_response_that_something_else_ends_gets_no_end_token(name):
     tokenizer = chat_tokenizer(name)
     model = hf_model("llama", vocab_size=len(tokenizer))
     prompts = [torch.tensor([9, 10]), torch.tensor([11, 12, 13])]
-    full = common.generate(model, prompts, tokenizer, do_sample=False, max_new_tokens=6)
+    full = chats.generate(model, prompts, tokenizer, do_sample=False, max_new_tokens=6)
 
     def one_stops(input_ids, scores, **kwargs):  # the first row after two tokens, the other never
         width = input_ids.shape[1]
         return torch.tensor([width >= 5, False])
 
-    cut = common.generate(model, prompts, tokenizer, do_sample=False, max_new_tokens=6,
-                          stopping_criteria=[one_stops])
+    cut = chats.generate(model, prompts, tokenizer, do_sample=False, max_new_tokens=6,
+                         stopping_criteria=[one_stops])
     assert cut[0].tolist() == full[0].tolist()[:2] and cut[1].tolist() == full[1].tolist()

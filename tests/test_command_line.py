@@ -20,10 +20,10 @@ import pytest
 import tyro
 from transformers import TrainingArguments
 
-import common
 import ddpo
 import dpo
 import iterative_sft
+import machinery
 import ppo
 import reward
 import sft
@@ -151,7 +151,7 @@ def absent(script):
 @every_script
 def test_help_lists_every_field_but_those_that_are_known_at_run_time(script):
     """The documented fields that no user sets: PPO's sizes over all ranks, and the model's kind."""
-    hidden = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(common.RETIRED), "dpo": {"share_prompts"},
+    hidden = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(machinery.RETIRED), "dpo": {"share_prompts"},
               "ddpo": {"train_times_per_pass"}}
     known = hidden.get(script, set())
     assert (
@@ -381,7 +381,6 @@ def test_a_shell_sees_the_line_and_the_status(tmp_path):
 
 def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
     """It is a defect, which nobody finds without the place."""
-    import common
 
     def main(config):
         """Fail."""
@@ -389,7 +388,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     with pytest.raises(ZeroDivisionError):
-        common.run(main, ppo.PPOConfig)
+        machinery.run(main, ppo.PPOConfig)
 
 
 @every_script

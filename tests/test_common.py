@@ -37,7 +37,9 @@ from transformers import (
     TrainingArguments,
 )
 
+import chats
 import common
+import machinery
 from common import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, InputError
 
 ARCHITECTURES = CAUSAL + SEQ2SEQ
@@ -86,7 +88,7 @@ def test_set_seed_seeds_python_numpy_and_torch():
 def test_one_process_under_torchrun_forms_no_group(monkeypatch):
     for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    common.setup_ranks()
+    machinery.setup_ranks()
     assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ)
 
 
@@ -100,7 +102,7 @@ def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwis
     monkeypatch.setenv("RANK", "1")
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    common.setup_ranks()
+    machinery.setup_ranks()
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
     assert os.environ["OMP_NUM_THREADS"] == (threads or "1")
     assert os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "1"
@@ -118,7 +120,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     try:
-        common.setup_ranks()
+        machinery.setup_ranks()
         assert chosen == [3] and torch.get_float32_matmul_precision() == "high"
         assert "ACCELERATE_USE_CPU" not in os.environ
     finally:
@@ -128,9 +130,9 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
 def test_several_gpus_in_one_process_are_refused():
     """Trainer would split each batch among threads, which the losses here do not know."""
     with pytest.raises(InputError, match="--nproc_per_node 4"):
-        common.prepare_process(types.SimpleNamespace(n_gpu=4))
+        machinery.prepare_process(types.SimpleNamespace(n_gpu=4))
     for fine in (0, 1):
-        common.prepare_process(types.SimpleNamespace(n_gpu=fine))
+        machinery.prepare_process(types.SimpleNamespace(n_gpu=fine))
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -187,7 +189,7 @@ def test_run_leaves_no_process_group_behind(monkeypatch, tmp_path):
         groups.append((torch.distributed.is_initialized(), config))
 
     monkeypatch.setattr(sys, "argv", ["mine.py", "--n", "3"])
-    common.run(main, Flags)
+    machinery.run(main, Flags)
     assert groups == [(True, Flags(n=3))] and not torch.distributed.is_initialized()
 
 
@@ -210,12 +212,13 @@ WRITE = {".jsonl": lambda path: path.write_text("\n".join(map(json.dumps, ROWS))
 @pytest.mark.parametrize("kind", WRITE)
 def test_rows_come_from_any_kind_of_file(kind, tmp_path):
     WRITE[kind](tmp_path / f"data{kind}")
-    assert list(common.load_rows(tmp_path / f"data{kind}")) == ROWS
+    assert list(machinery.load_rows(tmp_path / f"data{kind}")) == ROWS
 
 
 def test_each_line_of_a_text_file_is_a_row(tmp_path):
     (tmp_path / "data.txt").write_text("w4 w5\nw6\n")
-    assert list(common.load_rows(str(tmp_path / "data.txt"))) == [{"text": "w4 w5"}, {"text": "w6"}]
+    rows = machinery.load_rows(str(tmp_path / "data.txt"))
+    assert list(rows) == [{"text": "w4 w5"}, {"text": "w6"}]
 
 
 @pytest.fixture
@@ -235,20 +238,20 @@ def saved(tmp_path):
     (["train_sft", "train_gen"], "train_gen", 1)])
 def test_rows_come_from_a_split_which_is_train_or_the_only_one_unless_named(
         names, split, want, saved):
-    assert list(common.load_rows(saved(*names), split)) == [{"n": want}]
+    assert list(machinery.load_rows(saved(*names), split)) == [{"n": want}]
 
 
 def test_a_saved_dataset_without_splits_is_train(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
-    assert list(common.load_rows(tmp_path / "one")) == ROWS
-    assert list(common.load_rows(tmp_path / "one", "train")) == ROWS
+    assert list(machinery.load_rows(tmp_path / "one")) == ROWS
+    assert list(machinery.load_rows(tmp_path / "one", "train")) == ROWS
 
 
 @pytest.mark.parametrize("names, split", [(["train", "test"], "tset"), (["test", "train"], "dev"),
                                           (["train_sft", "train_gen"], None)])
 def test_a_split_that_is_not_there_is_an_error_that_names_those_there_are(names, split, saved):
     with pytest.raises(InputError, match=f"^dataset_split={split} .*{', '.join(names)};"):
-        common.load_rows(saved(*names), split)
+        machinery.load_rows(saved(*names), split)
 
 
 @pytest.mark.parametrize("names, flags, want", [
@@ -263,7 +266,7 @@ def test_evaluation_reads_a_held_out_split(names, flags, want, saved, tmp_path):
     folder = saved(*names)
     places = {"same": folder, "other": str(tmp_path / "other")}
     config = flags_of(dataset=folder, **{k: places.get(v, v) for k, v in flags.items()})
-    rows, held_out = common.load_train_and_eval_rows(config, None, None)
+    rows, held_out = machinery.load_train_and_eval_rows(config, None, None)
     assert list(rows) == [{"n": 0}]
     assert held_out is None if want is None else list(held_out) == [{"n": want}]
 
@@ -271,15 +274,17 @@ def test_evaluation_reads_a_held_out_split(names, flags, want, saved, tmp_path):
 @pytest.mark.parametrize("names, flags, named", [
     (["train"], {"eval_dataset": "same"}, "^eval_dataset=.* train alone"),
     (["train", "held"], {"eval_dataset": "same"}, "^eval_dataset_split=None .* train, held;"),
+    (["train", "test"], {"eval_dataset": "same", "dataset_split": "test"},
+     "^eval_dataset_split=None .* train, test;"),
     (["train", "test"], {"eval_dataset_split": "dev"}, "^eval_dataset_split=dev .* train, test;"),
     (["train"], {"eval_dataset_split": "test", "dataset": None}, "^eval_dataset_split=test")])
-def test_evaluation_never_reads_the_rows_of_training_unsaid(names, flags, named, saved):
+def test_evaluation_never_reads_the_rows_of_training_unless_asked(names, flags, named, saved):
     folder = saved(*names)
     fields = {"dataset": folder, **flags}
     if "eval_dataset" in fields:
         fields["eval_dataset"] = folder
     with pytest.raises(InputError, match=named):
-        common.load_train_and_eval_rows(flags_of(**fields), "pairs.jsonl", "pairs_test.jsonl")
+        machinery.load_train_and_eval_rows(flags_of(**fields), "pairs.jsonl", "pairs_test.jsonl")
 
 
 def flags_of(**given):
@@ -296,17 +301,17 @@ def test_a_configuration_is_a_folder_of_its_own(tmp_path):
     (tmp_path / "set" / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files: main/*.jsonl\n"
         "- config_name: other\n  data_files: other/*.jsonl\n---\n")
-    assert list(common.load_rows(tmp_path / "set", config="other")) == [{"is": "other"}]
+    assert list(machinery.load_rows(tmp_path / "set", config="other")) == [{"is": "other"}]
     with pytest.raises(InputError, match="--dataset-config"):
-        common.load_rows(tmp_path / "set")
+        machinery.load_rows(tmp_path / "set")
 
 
 def test_a_folder_of_files_is_a_dataset_with_their_splits(tmp_path):
     WRITE[".jsonl"](tmp_path / "train.jsonl")
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[1]))
     assert (
-        list(common.load_rows(tmp_path)) == ROWS
-        and list(common.load_rows(tmp_path, "test")) == ROWS[1:]
+        list(machinery.load_rows(tmp_path)) == ROWS
+        and list(machinery.load_rows(tmp_path, "test")) == ROWS[1:]
     )
 
 
@@ -323,7 +328,7 @@ def test_an_unreadable_dataset_is_an_error_of_one_line_with_its_name(name, named
     (tmp_path / "data.xls").touch()
     (tmp_path / "broken.jsonl").write_text("{")
     with pytest.raises(InputError, match=named) as error:
-        common.load_rows(tmp_path / name if "." in name else name)
+        machinery.load_rows(tmp_path / name if "." in name else name)
     assert "\n" not in str(error.value)
 
 
@@ -340,7 +345,7 @@ def prompts(tmp_path, make_tokenizer):
             "{{ turn.content }} {% endfor %}"
             "{% if add_generation_prompt %}</s>{% endif %}"
         )
-        return list(common.load_prompts(path, tokenizer, **kwargs))
+        return list(machinery.load_prompts(path, tokenizer, **kwargs))
 
     return load
 
@@ -384,14 +389,14 @@ def test_many_prompts_are_read_one_by_one_or_as_a_slice_and_a_late_fault_has_its
     texts = [f"w{4 + i % 90} " * (1 + i % 3) for i in range(2500)]
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
-    rows = common.load_prompts(path, make_tokenizer(), max_length=2)
+    rows = machinery.load_prompts(path, make_tokenizer(), max_length=2)
     assert len(rows) == 2500 and rows[2001]["input_ids"] == [4 + 2001 % 90]
     assert [row["metadata"]["query"] for row in rows[1999:2003]] == texts[1999:2003]
     assert [len(row["input_ids"]) for row in rows[-3:]] == [2, 2, 1]
     with pytest.raises(InputError, match="row 1002: 3 tokens"):
         path.write_text("".join(json.dumps({"query": "w4 " * (1 + 2 * (i == 1002))}) + "\n"
                                 for i in range(2500)))
-        common.load_prompts(path, make_tokenizer(), longest=2)
+        machinery.load_prompts(path, make_tokenizer(), longest=2)
 
 
 def test_prompts_are_truncated_to_their_first_tokens(prompts):
@@ -418,7 +423,7 @@ def test_a_reward_function_gets_the_prompts_rows_and_imports_its_neighbor(tmp_pa
         "from neighbour_of_reward import length\n"
         "def score(texts, metadata):\n"
         "    return [length(t) - row['answer'] for t, row in zip(texts, metadata)]\n")
-    reward = common.load_reward(f"{tmp_path}/mine.py:score")
+    reward = chats.load_reward(f"{tmp_path}/mine.py:score")
     assert reward(["abc", "a"], metadata=[{"answer": 1}, {"answer": 5}]) == [2.0, -4.0]
 
 
@@ -433,7 +438,7 @@ def test_a_reward_function_gets_what_its_arguments_name(arguments, want, tmp_pat
         "    given = dict(locals())\n"
         "    given.update(given.pop('kwargs', {}))\n"
         "    return [sum(value[0] for value in given.values())]\n")
-    reward = common.load_reward(f"{tmp_path}/mine.py:score")
+    reward = chats.load_reward(f"{tmp_path}/mine.py:score")
     (got,) = reward(values.pop("texts"), **values)
     assert got == sum(float(1 + "TPRM".index(letter)) for letter in want)
 
@@ -488,7 +493,7 @@ def classifier(tmp_path, make_tokenizer):
 def test_a_score_is_the_logit_of_the_only_label_whatever_else_is_scored(attributes, classifier):
     folder, model = classifier(["score"], **attributes)
     texts = ["w5", "w5 w6 w7 w8", "w9 w4"] * 30
-    scores = common.load_reward(folder)(texts)
+    scores = chats.load_reward(folder)(texts)
     with torch.no_grad():
         want = [
             model(torch.tensor([[int(word[1:]) for word in text.split()]])).logits[0, 0].item()
@@ -507,7 +512,7 @@ def test_of_a_text_too_long_for_the_classifier_the_end_is_scored(positions, limi
     words = [f"w{4 + i}" for i in range(40)]
     with torch.no_grad():
         want = model(torch.tensor([[int(word[1:]) for word in words[-16:]]])).logits[0, 0].item()
-    score = common.load_reward(folder)
+    score = chats.load_reward(folder)
     assert score([" ".join(words), "w5"])[0].item() == pytest.approx(want, abs=1e-5)
     assert score([" ".join(words[-16:])])[0].item() == pytest.approx(want, abs=1e-5)
 
@@ -517,7 +522,7 @@ def test_a_long_list_is_scored_in_its_order(classifier):
     ids = [[4 + i % 96, 4 + i // 96] for i in range(130)]
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits[:, 0]
-    scores = common.load_reward(folder)([" ".join(f"w{i}" for i in row) for row in ids])
+    scores = chats.load_reward(folder)([" ".join(f"w{i}" for i in row) for row in ids])
     torch.testing.assert_close(torch.stack(scores), want, atol=1e-5, rtol=0)
 
 
@@ -526,7 +531,7 @@ def test_a_score_is_the_logit_of_the_chosen_label(label, column, classifier):
     folder, model = classifier(["bad", "good"])
     with torch.no_grad():
         want = model(torch.tensor([[5, 6]])).logits[0, column].item()
-    assert common.load_reward(folder, label)(["w5 w6"])[0].item() == pytest.approx(want, abs=1e-5)
+    assert chats.load_reward(folder, label)(["w5 w6"])[0].item() == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -534,7 +539,7 @@ def test_a_score_is_the_logit_of_the_chosen_label(label, column, classifier):
 )
 def test_a_label_has_to_be_one_of_the_classifier_s(label, named, classifier):
     with pytest.raises(InputError, match=named):
-        common.load_reward(classifier(["bad", "good"])[0], label)
+        chats.load_reward(classifier(["bad", "good"])[0], label)
 
 
 FUNCTIONS = (
@@ -546,7 +551,7 @@ FUNCTIONS = (
 
 def test_a_reward_is_any_function_of_texts(tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
-    scores = common.load_reward(f"{tmp_path}/mine.py:length")(["a", "bcd"])
+    scores = chats.load_reward(f"{tmp_path}/mine.py:length")(["a", "bcd"])
     assert [score.item() for score in scores] == [1, 3] and scores[0].dtype == torch.float32
 
 
@@ -561,7 +566,7 @@ def test_a_reward_is_any_function_of_texts(tmp_path):
 def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, named, tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTIONS)
     with pytest.raises(InputError, match=named) as error:
-        common.load_reward(f"{tmp_path}/mine.py:{function}")(["a", "b"])
+        chats.load_reward(f"{tmp_path}/mine.py:{function}")(["a", "b"])
     assert "\n" not in str(error.value)
 
 
@@ -571,7 +576,7 @@ def test_a_reward_that_fails_is_an_error_of_one_line_with_its_name(function, nam
 )
 def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
     (tmp_path / "mine.py").write_text(f"import torch\ndef f(texts):\n    return {numbers}\n")
-    scores = common.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
+    scores = chats.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
     assert [score.item() for score in scores] == [0, 1] and all(
         score.dim() == 0 for score in scores
     )
@@ -580,40 +585,40 @@ def test_a_reward_may_return_tensors_and_generators(numbers, tmp_path):
 def test_a_dict_of_scores_and_a_label_of_a_function_are_refused(tmp_path):
     (tmp_path / "mine.py").write_text("def f(texts):\n    return {'0': 0.5, '1': 0.7}\n")
     with pytest.raises(InputError, match="mine.py:f returned a dict"):
-        common.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
+        chats.load_reward(f"{tmp_path}/mine.py:f")(["a", "b"])
     with pytest.raises(InputError, match="reward_label='good'.*mine.py:f.*no labels"):
-        common.load_reward(f"{tmp_path}/mine.py:f", "good")
+        chats.load_reward(f"{tmp_path}/mine.py:f", "good")
 
 
 def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
-        common.load_reward(str(tmp_path / "nothing"))
+        chats.load_reward(str(tmp_path / "nothing"))
 
 
 # ------------------------------------------------------------------------- what a run leaves behind
 def test_the_newest_checkpoint_is_that_of_the_largest_number(tmp_path):
     for n in (9, 10, 2):
         (tmp_path / f"checkpoint-{n}").mkdir()
-    assert common.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert common.newest_checkpoint(str(tmp_path / "checkpoint-2")).name == "checkpoint-2"
+    assert machinery.newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert machinery.newest_checkpoint(str(tmp_path / "checkpoint-2")).name == "checkpoint-2"
     with pytest.raises(InputError, match="elsewhere"):
-        common.newest_checkpoint(tmp_path / "elsewhere")
+        machinery.newest_checkpoint(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_without_the_file_that_is_written_last_is_passed_over(tmp_path):
     for n in (9, 10):
         (tmp_path / f"checkpoint-{n}").mkdir()
     (tmp_path / "checkpoint-9" / "done").touch()
-    assert common.newest_checkpoint(tmp_path, "done").name == "checkpoint-9"
+    assert machinery.newest_checkpoint(tmp_path, "done").name == "checkpoint-9"
     (tmp_path / "checkpoint-9" / "done").unlink()
     with pytest.raises(InputError, match=str(tmp_path)):
-        common.newest_checkpoint(tmp_path, "done")
+        machinery.newest_checkpoint(tmp_path, "done")
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_with_them(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step, rows in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = common.MetricsFile(path, step)
+        log = machinery.MetricsFile(path, step)
         for row in rows:
             log.write({"update": row, "from": step})
         path.write_text(path.read_text() + '{"update": 5, "fr')  # killed in the middle of a line
@@ -623,8 +628,8 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_torn_line_with_them(tmp_
 
 def test_samples_are_printed_indented_and_appended(tmp_path, capsys):
     rows = [{"update": 3, "query": "why?", "response": "first\nsecond", "score": -1.5}]
-    common.log_samples(tmp_path, "after training", rows)
-    common.log_samples(tmp_path, "again", rows)
+    machinery.log_samples(tmp_path, "after training", rows)
+    machinery.log_samples(tmp_path, "again", rows)
     printed = capsys.readouterr()
     assert "   -1.50  why? |first\n      second" in printed.out + printed.err
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").open()] == rows * 2
@@ -638,7 +643,7 @@ class Settings:
 
 class ReadsSettings:
     def __init__(self, args=None, beta=0.1, max_length=None, extra=0):
-        self.settings = common.read_settings(
+        self.settings = machinery.read_settings(
             ReadsSettings, args, beta=beta, max_length=max_length, extra=extra)
 
 
@@ -663,54 +668,54 @@ def test_an_argument_and_a_config_that_disagree_are_an_error():
 def test_weights_that_train_in_half_precision_are_warned_of(dtype, frozen, warned, recwarn):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].to(getattr(torch, dtype)).requires_grad_(not frozen)
-    common.warn_of_half_precision(model)
+    machinery.warn_of_half_precision(model)
     assert ["torch_dtype=bfloat16: " in str(warning.message) for warning in recwarn] == (
         [True] * warned)
 
 
 def test_one_rank_prints_the_learning_rate(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    common.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
+    machinery.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    common.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
+    machinery.scale_learning_rate(1e-3, torch.nn.Linear(9, 10))
     assert capsys.readouterr().out.startswith("learning rate 0.032, ")
 
 
 def test_the_default_learning_rate_falls_with_the_square_root_of_the_size():
     model = torch.nn.Linear(2000, 200, bias=False)  # 400,000 weights
-    assert common.scale_learning_rate(4e-3, model) == pytest.approx(2e-3)
+    assert machinery.scale_learning_rate(4e-3, model) == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, -1.0, 1.5, math.inf])
 def test_a_number_outside_its_range_is_an_error(value):
     with pytest.raises(InputError, match=rf"beta={value}.*\[0, 1\)"):
-        common.check_ranges(Settings(beta=value), {"[0, 1)": ("beta",)})
-    common.check_ranges(Settings(beta=0.0), {"[0, 1)": ("beta",)})
+        machinery.check_ranges(Settings(beta=value), {"[0, 1)": ("beta",)})
+    machinery.check_ranges(Settings(beta=0.0), {"[0, 1)": ("beta",)})
 
 
 def test_a_fresh_run_begins_metrics_of_its_own(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"update": 0}\n')
-    common.MetricsFile(tmp_path / "metrics.jsonl", 0).write({"update": 1})
+    machinery.MetricsFile(tmp_path / "metrics.jsonl", 0).write({"update": 1})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"update": 1}\n'
 
 
 def test_an_output_folder_is_made_and_one_that_can_not_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    common.writable_folder(tmp_path / "new" / "folder", fresh=True)
+    machinery.writable_folder(tmp_path / "new" / "folder", fresh=True)
     assert (tmp_path / "new" / "folder").is_dir() and not list(
         (tmp_path / "new" / "folder").iterdir()
     )
     with pytest.raises(InputError, match="file/folder"):
-        common.writable_folder(tmp_path / "file" / "folder", fresh=True)
+        machinery.writable_folder(tmp_path / "file" / "folder", fresh=True)
 
 
 def test_a_fresh_run_never_writes_over_the_checkpoints_of_another(tmp_path):
     (tmp_path / "checkpoint-70").mkdir()
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(InputError, match=f"{tmp_path}.*checkpoint-70.*--output-dir"):
-        common.writable_folder(tmp_path, fresh=True)
-    common.writable_folder(tmp_path, fresh=False)
+        machinery.writable_folder(tmp_path, fresh=True)
+    machinery.writable_folder(tmp_path, fresh=False)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-70", "samples.jsonl"}
 
 
@@ -725,7 +730,7 @@ def test_the_main_rank_of_a_fresh_run_removes_the_samples_of_an_earlier_one(
     (tmp_path / "samples.jsonl").touch()
     if rank:
         monkeypatch.setenv("RANK", rank)
-    common.writable_folder(tmp_path, fresh=fresh)
+    machinery.writable_folder(tmp_path, fresh=fresh)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"] * kept
 
 
@@ -739,7 +744,7 @@ def test_a_model_card_has_the_sources_and_the_metrics_but_no_timings(tmp_path):
         "table": [1],
     }
     for model in (None, "my/model"):
-        common.write_model_card(
+        machinery.write_model_card(
             tmp_path,
             "A reward model",
             types.SimpleNamespace(model_name=model),
@@ -797,7 +802,7 @@ def train(model, folder, resume=None, **arguments):
         TrainingArguments(str(folder), **fields),
         train_dataset=Rows(),
         eval_dataset=Rows(),
-        callbacks=[common.Journal(folder), CountEvaluations()],
+        callbacks=[machinery.Journal(folder), CountEvaluations()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.train(resume_from_checkpoint=resume)
@@ -866,7 +871,7 @@ def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
 
 
 def test_a_journals_bar_says_the_phase(tmp_path, capsys):
-    journal, state = common.Journal(tmp_path, ("waiting", "working")), TrainerState(max_steps=2)
+    journal, state = machinery.Journal(tmp_path, ("waiting", "working")), TrainerState(max_steps=2)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     for event in ("train_begin", "epoch_begin", "epoch_end", "train_end"):
         getattr(journal, f"on_{event}")(args, state, TrainerControl())
@@ -876,7 +881,7 @@ def test_a_journals_bar_says_the_phase(tmp_path, capsys):
 
 def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):
     journal, state = (
-        common.Journal(tmp_path),
+        machinery.Journal(tmp_path),
         TrainerState(max_steps=2, is_world_process_zero=False),
     )
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
@@ -889,7 +894,7 @@ def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):
 def test_the_last_evaluation_is_not_made_twice(finished):
     trainer, folder, _, _ = finished
     assert evaluations(trainer) == 2
-    last = common.last_evaluation(trainer)
+    last = machinery.last_evaluation(trainer)
     assert evaluations(trainer) == 2 and last["eval_loss"] == lines(folder)[5]["eval_loss"]
 
 
@@ -902,7 +907,7 @@ def test_weights_that_were_not_evaluated_are_evaluated_at_the_end(
     """After a run without evaluations, and where other weights than the last ones were loaded."""
     trainer = train(make_hf_model("gpt2"), tmp_path, disable_tqdm=True, **arguments)
     before = evaluations(trainer)
-    last = common.last_evaluation(trainer)
+    last = machinery.last_evaluation(trainer)
     assert evaluations(trainer) == before + 1 and last["eval_loss"] == pytest.approx(
         trainer.evaluate()["eval_loss"]
     )
@@ -916,12 +921,12 @@ def halve(file):
     "file", ["trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"]
 )
 def test_a_checkpoint_with_half_a_file_is_an_error_with_its_name(file, run_folder):
-    assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
+    assert machinery.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
     halve(run_folder / "checkpoint-4" / file)
     with pytest.raises(InputError, match="checkpoint-4") as error:
-        common.trainer_checkpoint(run_folder)
+        machinery.trainer_checkpoint(run_folder)
     assert "\n" not in str(error.value)
-    assert common.trainer_checkpoint(run_folder / "checkpoint-2") == str(
+    assert machinery.trainer_checkpoint(run_folder / "checkpoint-2") == str(
         run_folder / "checkpoint-2"
     )
 
@@ -931,9 +936,9 @@ def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_
 ):
     (run_folder / "checkpoint-2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="checkpoint-2"):
-        common.trainer_checkpoint(run_folder / "checkpoint-2")
+        machinery.trainer_checkpoint(run_folder / "checkpoint-2")
     (run_folder / "checkpoint-9").mkdir()
-    assert common.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
+    assert machinery.trainer_checkpoint(run_folder) == str(run_folder / "checkpoint-4")
 
 
 @pytest.mark.parametrize("keep, best, left", [
@@ -942,7 +947,7 @@ def test_a_checkpoint_without_weights_is_an_error_and_one_that_was_cut_short_is_
 def test_a_new_checkpoint_is_renamed_when_complete_and_old_ones_go(keep, best, left, tmp_path):
     alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     for number in (2, 4, 10):
-        with common.new_checkpoint(alone, tmp_path, number, keep, best) as folder:
+        with machinery.new_checkpoint(alone, tmp_path, number, keep, best) as folder:
             (folder / "state").touch()
             assert not (tmp_path / f"checkpoint-{number}").exists()
     found = [int(path.parent.name[11:]) for path in tmp_path.glob("checkpoint-*/state")]
@@ -951,9 +956,9 @@ def test_a_new_checkpoint_is_renamed_when_complete_and_old_ones_go(keep, best, l
 
 def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):
     alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    with common.new_checkpoint(alone, tmp_path, 1, keep=1):
+    with machinery.new_checkpoint(alone, tmp_path, 1, keep=1):
         pass
-    with pytest.raises(OSError), common.new_checkpoint(alone, tmp_path, 2, keep=1):
+    with pytest.raises(OSError), machinery.new_checkpoint(alone, tmp_path, 2, keep=1):
         raise OSError("disk full")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -1491,12 +1496,12 @@ def test_a_language_model_is_loaded_by_its_kind_with_its_tokenizer_and_dtype(
     model = make_hf_model(arch)
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    tokenizer, loaded = common.load_language_model(str(tmp_path), dtype="bfloat16")
+    tokenizer, loaded = machinery.load_language_model(str(tmp_path), dtype="bfloat16")
     assert (
         type(loaded) is type(model) and loaded.dtype == torch.bfloat16 and len(tokenizer) == VOCAB
     )
     with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
-        common.load_language_model(str(tmp_path / "nothing"), dtype="float32")
+        machinery.load_language_model(str(tmp_path / "nothing"), dtype="float32")
 
 
 def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(
@@ -1504,7 +1509,7 @@ def test_a_language_model_s_adapter_is_loaded_on_its_base_and_goes_on_training(
 ):
     folder, model = adapter
     make_tokenizer().save_pretrained(folder)
-    _, loaded = common.load_language_model(str(folder), dtype="float32")
+    _, loaded = machinery.load_language_model(str(folder), dtype="float32")
     with torch.no_grad():
         torch.testing.assert_close(
             loaded.eval()(**example()).logits, outputs(model)[0], atol=1e-6, rtol=1e-6
@@ -1522,9 +1527,9 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(
     make_tokenizer(pad_token=pad, eos_token=eos).save_pretrained(tmp_path)
     if padded_with is None:
         with pytest.raises(InputError, match=f"{tmp_path}.*pad_token"):
-            common.load_tokenizer(str(tmp_path))
+            machinery.load_tokenizer(str(tmp_path))
     else:
-        tokenizer = common.load_tokenizer(str(tmp_path))
+        tokenizer = machinery.load_tokenizer(str(tmp_path))
         assert tokenizer.pad_token == padded_with and tokenizer.eos_token == eos
         assert (
             tokenizer(["w4", "w5 w6"], padding=True).input_ids[0][1]
@@ -1533,8 +1538,8 @@ def test_a_tokenizer_pads_with_its_end_token_where_it_has_no_padding(
 
 
 def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_none(make_hf_model):
-    assert common.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16)) is None
-    config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
+    assert machinery.lora_config(types.SimpleNamespace(lora_r=0, lora_alpha=16)) is None
+    config = machinery.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
     model = common.with_adapter(make_hf_model("llama"), config, seed=0)
     adapted = {
         name.split(".")[-2] for name, module in model.named_modules() if name.endswith("lora_A")
@@ -1548,7 +1553,7 @@ def test_flags_give_an_adapter_of_that_rank_and_scale_on_all_linear_layers_or_no
 def test_equal_seeds_draw_equal_adapters_and_a_second_one_is_refused(make_hf_model):
     def adapted(seed):
         torch.rand(seed + 1)  # whatever was drawn before
-        config = common.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
+        config = machinery.lora_config(types.SimpleNamespace(lora_r=3, lora_alpha=12))
         model = common.with_adapter(make_hf_model("llama"), config, seed)
         return (
             model,
@@ -1574,9 +1579,9 @@ class Without:
         return None if name.split(".")[0] == "peft" else self.finder.find_spec(name, *args)
 
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
-import common, torch
+import common, machinery, torch
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-common.keep_freed_memory()
+machinery.keep_freed_memory()
 torch.ones(2**24)
 before = faults()
 for _ in range(10):

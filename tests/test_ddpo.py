@@ -827,7 +827,7 @@ def test_use_cpu_leaves_the_gpu_and_its_fp16_alone(make_trainer, monkeypatch):
         raise InputError("enough")
 
     monkeypatch.setattr(accelerate.Accelerator, "__init__", begin)
-    monkeypatch.setattr(ddpo.common, "setup_ranks", lambda: None)
+    monkeypatch.setattr(ddpo.machinery, "setup_ranks", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for use_cpu in (True, False):
         with pytest.raises(InputError, match="enough"):

@@ -180,7 +180,8 @@ def test_files_named_in_the_pages_exist(page):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_functions_named_in_the_numbered_steps_of_a_page_are_in_its_file(name):
     page = (ROOT / "docs" / f"{name}.md").read_text()
-    code = (ROOT / f"{name}.py").read_text() + (ROOT / "common.py").read_text()
+    files = [f"{name}.py", "common.py", "chats.py", "machinery.py"]
+    code = "".join((ROOT / file).read_text() for file in files)
     words = set(re.findall(r"\w+", code))
     steps = re.findall(r"^1\. \*\*.*?\n\n", page, re.MULTILINE | re.DOTALL)
     names = re.findall(r"`([A-Za-z_][\w.]*)`", "".join(steps))

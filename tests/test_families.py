@@ -20,7 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
+import chats
 import common
+import machinery
 import ppo
 from common import InputError
 from dpo import DPOTrainer
@@ -418,8 +420,8 @@ def test_a_state_that_reads_padding_is_given_none(tokenizer):
     """RecurrentGemma's decoding differs with padding: each prompt is answered alone."""
     model = make("recurrent_gemma", "float32")
     prompts, recorder = [prompt for prompt, _ in rows()], Recorder()
-    responses = common.generate(model, prompts, tokenizer, do_sample=True, max_new_tokens=6,
-                                logits_processor=[recorder])
+    responses = chats.generate(model, prompts, tokenizer, do_sample=True, max_new_tokens=6,
+                               logits_processor=[recorder])
     drawn = torch.cat(recorder.steps).log_softmax(-1).gather(1, torch.cat(responses)[:, None])
     pairs = list(zip(prompts, responses, strict=True))
     check(drawn[:, 0], lambda m: torch.cat(logprobs(m, pairs)).detach(), model)
@@ -437,7 +439,7 @@ def test_virtual_tokens_are_refused_in_packed_rows(kind, quiet, tokenizer):
 
 def test_prompts_leave_room_in_the_positions_of_text(tokenizer):
     """A multimodal config keeps them in its text part; an encoder's prompt has all positions."""
-    room = {family: common.longest_prompt(make(family, "float32"), 5)
+    room = {family: machinery.longest_prompt(make(family, "float32"), 5)
             for family in ("llama", "gemma3", "bart")}
     assert room == {"llama": 59, "gemma3": 59, "bart": 64}
 

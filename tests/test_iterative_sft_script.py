@@ -20,8 +20,10 @@ from test_iterative_sft import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, TrainingArguments
 
-from common import InputError, load_prompts, load_reward
+from chats import load_reward
+from common import InputError
 from iterative_sft import IterativeSFTConfig, IterativeSFTTrainer, main, train_round
+from machinery import load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy"
@@ -598,7 +600,7 @@ def two_ranks(tmp_path_factory):
     write_prompts(folder / "many.jsonl", *[f"the {noun} was" for noun in NOUNS])
     write_prompts(folder / "one.jsonl", QUERIES[0])
     (folder / "ranks.py").write_text(
-        "import os, sys\nfrom pathlib import Path\nfrom common import setup_ranks\nsetup_ranks()\n"
+        "import os, sys, machinery\nfrom pathlib import Path\nmachinery.setup_ranks()\n"
         "from test_iterative_sft_script import script_on_this_rank, train_on_this_rank\n"
         "train_on_this_rank(Path(sys.argv[1]))\nscript_on_this_rank(Path(sys.argv[1]))\n"
         "os._exit(0)  # torch may abort as it frees the groups of several runs: end here\n")

@@ -32,9 +32,11 @@ from transformers import (
     TrainingArguments,
 )
 
+import chats
 import common
 import dpo
 import iterative_sft
+import machinery
 import ppo
 import reward
 import sft
@@ -174,7 +176,7 @@ def test_virtual_tokens_are_refused_where_padding_would_change_the_numbers(
     model = with_virtual_tokens(kind, "SEQ_CLS" if trainer == "reward" else "CAUSAL_LM")
     with pytest.raises(InputError, match="^peft_config=Prompt.*; use LoRA or prefix tuning"):
         if trainer == "sampling":
-            common.generate(model, [IDS[0], IDS[0, :2]], tokenizer)
+            chats.generate(model, [IDS[0], IDS[0, :2]], tokenizer)
         else:
             make_trainer(trainer, model, tokenizer, tmp_path)
 
@@ -221,7 +223,7 @@ def test_a_head_on_a_language_model_s_adapter_reads_what_the_adapter_learned(tmp
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = get_peft_model(base, lora(init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    got = common.load_sequence_classifier(str(tmp_path / "adapter")).eval()
+    got = machinery.load_sequence_classifier(str(tmp_path / "adapter")).eval()
     assert got.config.num_labels == 1 and not hasattr(got, "peft_config")
     want = adapted.get_base_model().model(IDS).last_hidden_state
     torch.testing.assert_close(got.model(IDS).last_hidden_state, want, rtol=1e-4, atol=1e-4)
@@ -256,7 +258,7 @@ def test_sampling_leaves_the_generation_config_of_an_adapter_s_base_model(tokeni
     model = get_peft_model(hf_model("llama"), lora())
     base = model.get_base_model()
     model.generation_config.top_k = base.generation_config.top_k = 7
-    common.generate(model, [IDS[0]], tokenizer, do_sample=True, max_new_tokens=2)
+    chats.generate(model, [IDS[0]], tokenizer, do_sample=True, max_new_tokens=2)
     assert base.generation_config.top_k == model.generation_config.top_k == 7
 
 
@@ -438,7 +440,7 @@ def test_dpo_loads_its_reference_with_the_flags_but_the_model_s_revision(
         seen.append(kwargs)
         return hf_model("llama")
 
-    monkeypatch.setattr(common, "load_pretrained", load)
+    monkeypatch.setattr(machinery, "load_pretrained", load)
     config = dpo.DPOConfig(
         output_dir=str(tmp_path), ref_model_name=str(TOY / "model"), revision="v2",
         attn_implementation="eager", use_cpu=True)
@@ -449,7 +451,7 @@ def test_dpo_loads_its_reference_with_the_flags_but_the_model_s_revision(
 
 def test_the_attention_that_is_asked_for_is_the_model_s(hub, tmp_path):
     for attention in ("eager", "sdpa"):
-        _, model = common.load_language_model(str(TOY / "model"), attn_implementation=attention)
+        _, model = machinery.load_language_model(str(TOY / "model"), attn_implementation=attention)
         assert model.config._attn_implementation == attention
 
 

@@ -23,7 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import InputError, load_reward
+from chats import load_reward
+from common import InputError
 from reward import (
     RewardConfig,
     RewardDataCollatorWithPadding,

@@ -1,4 +1,4 @@
-"""A text has one score: training, common.load_reward and transformers' pipeline read the same
+"""A text has one score: training, chats.load_reward and transformers' pipeline read the same
 tokens, for chats in the templates of today's models and for texts."""
 import json
 import subprocess
@@ -13,14 +13,9 @@ from templates import CHATS, NO_SYSTEM, TEMPLATES, TOOL_CALLS, chat_tokenizer
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoTokenizer, pipeline
 
-from common import (
-    InputError,
-    end_token_ids,
-    load_prompts,
-    load_reward,
-    render_chat,
-    reward_inputs,
-)
+from chats import end_token_ids, load_reward, render_chat, reward_inputs
+from common import InputError
+from machinery import load_prompts
 from reward import RewardConfig, RewardTrainer
 
 ROOT = Path(__file__).resolve().parents[1]

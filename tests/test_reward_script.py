@@ -22,7 +22,8 @@ from transformers import (
     pipeline,
 )
 
-from common import TOY, InputError, load_reward
+from chats import load_reward
+from common import TOY, InputError
 from reward import (
     RewardConfig,
     RewardDataCollatorWithPadding,

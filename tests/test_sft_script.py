@@ -33,7 +33,8 @@ from transformers import (
 )
 
 import sft
-from common import TOY, InputError, setup_ranks
+from common import TOY, InputError
+from machinery import setup_ranks
 from sft import ConstantLengthDataset, SFTConfig, SFTTrainer, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")

@@ -1,0 +1,986 @@
+"""The machinery around the six algorithms: nothing here is needed to understand one.
+
+    setup_ranks, prepare_process             torchrun's processes form a group
+    run, check_ranges, ...                   the command line: flags in, one clear sentence out
+    load_rows, load_prompts                  data: a file, a folder or a hub name
+    load_language_model, prepare_training    models and adapters to train
+    writable_folder, MetricsFile, ...        the output folder and its files
+    start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
+    RetiredArguments, replace_retired        fields of transformers 4's TrainingArguments
+    LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
+
+To follow a run of a file on Trainer: run, start_run, load_language_model,
+load_train_and_eval_rows, then in the constructor read_settings and prepare_training, then Journal.
+"""
+import argparse
+import copy
+import ctypes
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Optional, get_args, get_origin
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+
+from chats import is_chat, prompt_ids, question_of, text_to_show
+from common import (
+    TOY,
+    InputError,
+    base_of,
+    explain,
+    freeze_beyond_text,
+    hub_arguments,
+    load_pretrained,
+    number_of_positions,
+    set_seed,
+    with_adapter,
+)
+
+
+# ----------------------------------------------------------------------------- ranks
+def setup_ranks():
+    """Prepare torchrun's processes; call it before anything of accelerate or Trainer.
+
+    With GPUs each process takes its own. Without one, accelerate would start WORLD_SIZE independent
+    copies of the job; with ACCELERATE_USE_CPU it forms a gloo group."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.set_float32_matmul_precision("high")  # float32 products may use TF32
+        return
+    keep_freed_memory()
+    if os.environ.get("WORLD_SIZE") == "1":  # one process needs no group, and Trainer warns of one
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+    elif "WORLD_SIZE" in os.environ:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def prepare_process(args):
+    """Check the devices of a Trainer's process. Raises InputError for several GPUs in one process.
+
+    Trainer would split each batch among threads, which the algorithms here do not support."""
+    if args.n_gpu > 1:
+        raise InputError(f"this process sees {args.n_gpu} GPUs: start one process per GPU with "
+                         f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Let malloc keep large freed blocks, on CPUs.
+
+    By default glibc returns each block to the system, which clears it again for the next tensor:
+    a fifth of the time of a PPO step."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ----------------------------------------------------------------------------- the command line
+def run(main, config_class, toy="", own="", lora=""):
+    """Run a script's command line: parse the flags of `config_class`, call `main(config)`.
+
+    toy, own, lora: flags that hold unless the user gives others, for the toy model, for all other
+    models, and for a LoRA of one.
+    An InputError ends the process with its one sentence and status 1; any other error keeps its
+    traceback. torchrun stops the other ranks as soon as one has failed."""
+    import datasets
+    import transformers
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*pin_memory")  # Trainer asks for it on CPUs too
+    # peft reads a property of models by its old name, and finds out about GPT-2's layers itself
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
+    setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
+    flags = tyro.constructors.ConstructorRegistry()
+    flags.primitive_rule(json_flag)
+    words = [*default_flags(sys.argv[1:], toy, own, lora), *sys.argv[1:]]  # the last one counts
+    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=flags,
+                      args=words)
+    try:
+        record(main)(config)
+    except InputError as error:
+        sentence = f"{Path(sys.argv[0]).name}: error: {error}"
+        get_error_handler().record_exception(InputError(sentence))  # torchrun prints it last
+        sys.exit(sentence)
+    # only after success: while another rank waits in a collective, this call could wait for it
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def default_flags(words, toy, own, lora):
+    """Return the default flags for the model that `words` name; print them unless it is the toy.
+
+    Each is a pair, --flag value."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-name", "--model_name")
+    parser.add_argument("--lora-r", "--lora_r", default="0")
+    model, _ = parser.parse_known_args(words)
+    if model.model_name in (None, "None"):
+        return toy.split()
+    if model.lora_r != "0" or Path(model.model_name, "adapter_config.json").is_file():
+        own = f"{own} {lora}"
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--per-device-train-batch-size" in given:  # steps of this size, unless the user says more
+        given.add("--gradient-accumulation-steps")
+    flags = [flag for flag in re.findall(r"--\S+ [^-]\S*", own) if flag.split()[0] not in given]
+    if flags:
+        print_once(f"defaults for this model: {' '.join(flags)}")
+    return " ".join(flags).split()
+
+
+def print_once(line):
+    """Print a line on the main rank, before or after there is a process group."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def json_flag(field):
+    """Read a field that takes a dict or a file's name, such as --fsdp-config (a rule of tyro's)."""
+    if not any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
+        return None
+
+    def read(words):
+        return json.loads(words[0]) if words[0].startswith("{") else words[0]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="JSON|FILE", instance_from_str=read,
+        is_instance=lambda value: isinstance(value, (dict, str, type(None))),
+        str_from_instance=lambda value: [json.dumps(value)])
+
+
+def check_ranges(config, intervals):
+    """Raise InputError for a field outside its interval, such as {"[0, 1]": ("gamma", "lam")}.
+
+    A round bracket excludes its bound. A field that is None is not checked."""
+    for interval, names in intervals.items():
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        for name in names:
+            value = getattr(config, name)
+            if value is None:
+                continue
+            above = value > low or (value == low and interval[0] == "[")
+            below = value < high or (value == high and interval[-1] == "]")
+            if not (above and below):
+                raise InputError(f"{name}={value}: give a number in {interval}")
+
+
+def check_arguments(name, arguments, function):
+    """Raise InputError if the dict `arguments`, the option `name`, holds one function lacks."""
+    known = inspect.signature(function).parameters
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise InputError(f"{name}={arguments}: {function.__name__} has no argument "
+                         f"{', '.join(unknown)}; its arguments are {', '.join(known)}")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_choices(config, choices):
+    """Raise InputError for a field that is none of its choices, such as {"torch_dtype": DTYPES}."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise InputError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+def read_settings(trainer_class, args, **arguments):
+    """Merge a trainer's constructor arguments with its config. Returns {name: value}.
+
+    An argument that differs from its default wins over the config's field of the same name. Raises
+    InputError if the field differs from its default too, and from the argument."""
+    parameters = inspect.signature(trainer_class.__init__).parameters
+    defaults = {field.name: field.default for field in fields(args)}
+    settings = {}
+    for name, value in arguments.items():
+        is_given = value != parameters[name].default
+        in_config = getattr(args, name, None)
+        if is_given and in_config not in (None, defaults.get(name), value):
+            raise InputError(f"{name}={value!r}, and {name}={in_config!r} in args: give it once")
+        settings[name] = value if is_given or in_config is None else in_config
+    return settings
+
+
+# ----------------------------------------------------------------------------- data
+def load_rows(name, split=None, config=None, usual=("train",), flag="dataset_split"):
+    """Load the rows of one split of a dataset -> datasets.Dataset. Raises InputError.
+
+    name: a local .jsonl, .json, .csv, .parquet or .txt file (each line is a row `text`), a folder
+    written by `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub.
+    split: if None, the only one, or the first of `usual` there is. flag: its name, for errors."""
+    splits = load_splits(name, config)
+    if split is None and len(splits) > 1:
+        split = next((candidate for candidate in usual if candidate in splits), None)
+    elif split is None:
+        split, = splits
+    if split not in splits:
+        raise InputError(f"{flag}={split} (dataset {name}): it has the splits {', '.join(splits)}; "
+                         "name one of them")
+    return splits[split]
+
+
+def load_splits(name, config=None):
+    """Load a dataset -> {split: datasets.Dataset}; rows without a split are `train`."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(name)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+             ".txt": "text"}
+    if path.is_file() and path.suffix not in kinds:
+        raise InputError(f"data file {name}: unknown kind {path.suffix!r}; use {', '.join(kinds)}")
+    if path.suffix in kinds and not path.exists():
+        raise InputError(f"data file {name} does not exist here ({Path.cwd()})")
+    with explain(f"dataset {name} is neither a readable file or folder nor a dataset on the hub "
+                 "(one with several configurations needs --dataset-config)"):
+        if path.is_file():
+            return load_dataset(kinds[path.suffix], data_files=str(path))
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = load_from_disk(str(path))
+            return rows if isinstance(rows, DatasetDict) else {"train": rows}
+        return load_dataset(str(name), config)
+
+
+def map_options(args, rows, num_proc):
+    """Return options for `rows.map`: a machine's first process fills the cache, the others read it.
+
+    The cache of an earlier run is not used: the code may have changed."""
+    from datasets import IterableDataset
+    if isinstance(rows, IterableDataset):
+        return {}
+    return {"num_proc": num_proc, "load_from_cache_file": args.local_process_index > 0}
+
+
+PROMPT_COLUMNS = ("query", "prompt", "messages", "text", "input_ids")
+
+
+def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=False, split=None,
+                 config=None):
+    """Load prompts, and check their lengths. Returns a `Prompts`.
+
+    Its rows are {"query", "input_ids", "shown", "messages", "metadata"}: the prompt's text, its
+    token ids, what samples show of it (of a chat the last user turn), the messages of a chat or
+    None, and the whole row.
+    name: a dataset with a column query, prompt, messages (chat, through the tokenizer's template; a
+    last turn of the assistant is dropped), text or input_ids.
+    max_length: truncate texts to this many tokens, and drop longer chats. longest: raise for a
+    prompt with more tokens. keep_columns: keep the other columns in the rows too. split, config:
+    see load_rows. Raises InputError."""
+    rows = load_rows(name, split, config)
+    column = next((c for c in PROMPT_COLUMNS if c in rows.column_names), None)
+    if column is None:
+        raise InputError(f"dataset {name} has the columns {rows.column_names} and none of "
+                         f"{', '.join(PROMPT_COLUMNS)}: rename the one that holds the prompts")
+    limit = max_length or 10**9
+    dropped = set()
+    with explain(f"dataset {name}: column {column} can't be tokenized"):
+        for number, (length, has_turns) in enumerate(prompt_lengths(rows, column, tokenizer)):
+            if has_turns and length > limit:  # truncated, it would lack its generation prompt
+                dropped.add(number)
+                continue
+            length = min(length, limit)
+            if length == 0:
+                raise InputError(f"dataset {name}, row {number}: {column} is empty; remove the row")
+            if longest is not None and length > longest:
+                raise InputError(f"dataset {name}, row {number}: {length} tokens leave no room "
+                                 f"for a response, the most is {longest}; set --max-query-length "
+                                 "or reduce --max-new-tokens")
+    if dropped:
+        warnings.warn(f"dataset {name}: dropped {len(dropped)} of {len(rows)} chats, row "
+                      f"{min(dropped)} the first: they are longer than max_query_length="
+                      f"{max_length} tokens", stacklevel=2)
+        rows = rows.select([i for i in range(len(rows)) if i not in dropped])
+    if len(rows) == 0:
+        raise InputError(f"dataset {name}: no prompt is left within max_query_length={max_length} "
+                         "tokens; raise it")
+    return Prompts(rows, column, tokenizer, max_length, keep_columns)
+
+
+def prompt_lengths(rows, column, tokenizer):
+    """Yield the number of tokens of each prompt, and whether it is a chat.
+
+    Texts are tokenized many at a time."""
+    for start in range(0, len(rows), 1000):
+        batch = rows.select(range(start, min(start + 1000, len(rows))))
+        prompts = batch[column][:]
+        if all(isinstance(prompt, str) for prompt in prompts):
+            ids = tokenizer(prompts, verbose=False).input_ids
+        else:
+            ids = [prompt_ids(tokenizer, row[column], row) for row in batch]
+        yield from zip(map(len, ids), map(is_chat, prompts), strict=True)
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Tokenize a dataset's prompts as they are asked for: a million take no memory.
+
+    The arguments and the rows are those of `load_prompts`. A slice is a list of rows."""
+
+    def __init__(self, rows, column, tokenizer, max_length, keep_columns):
+        self.rows, self.column, self.tokenizer = rows, column, tokenizer
+        self.max_length, self.keep_columns = max_length, keep_columns
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        row, tokenizer = self.rows[i], self.tokenizer
+        value = row[self.column]
+        messages = question_of(value) if is_chat(value) else None
+        ids = prompt_ids(tokenizer, value, row)[:self.max_length]
+        query = tokenizer.decode(ids)
+        prompt = {"query": query, "input_ids": ids, "messages": messages, "metadata": row,
+                  "shown": text_to_show(messages or query)}
+        return {**(row if self.keep_columns else {}), **prompt}
+
+
+# ----------------------------------------------------------------------------- models and adapters
+@dataclass(kw_only=True)
+class LoadingFlags:
+    """Flags of the text scripts that say how a model is loaded."""
+
+    revision: Optional[str] = None
+    """Branch, tag or commit of model_name on the hub. None: main."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model on the hub."""
+    attn_implementation: Optional[str] = None
+    """Attention: eager, sdpa, flash_attention_2, ... None: what transformers chooses."""
+
+
+def loading_arguments(config):
+    """Return the arguments of from_pretrained that a script's flags give."""
+    flags = {field.name: getattr(config, field.name) for field in fields(LoadingFlags)}
+    return {"dtype": config.torch_dtype, **{name: flag for name, flag in flags.items() if flag}}
+
+
+def load_tokenizer(name, **kwargs):
+    """Load the tokenizer of a model's folder or hub name, with a pad token.
+
+    kwargs: those for the model's from_pretrained."""
+    kwargs = hub_arguments(kwargs, "trust_remote_code")
+    return with_padding(AutoTokenizer.from_pretrained(name, **kwargs))
+
+
+def with_padding(tokenizer):
+    """Return the tokenizer, or a copy that pads with its end token. Raises InputError.
+
+    Masks come from lengths, never from `id == pad`, so a model still learns to end."""
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    if tokenizer.eos_token is None:
+        raise InputError(f"tokenizer {tokenizer.name_or_path} has neither a pad token nor an "
+                         "end-of-sequence token: set tokenizer.pad_token")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(name, **kwargs):
+    """Load the configuration of a model, of a LoRA adapter that of its base model."""
+    base, kwargs = base_of(name, **kwargs)
+    return AutoConfig.from_pretrained(base, **hub_arguments(kwargs, "trust_remote_code"))
+
+
+def load_language_model(name, **kwargs):
+    """Load a tokenizer and a language model by hub name or folder. Raises InputError."""
+    with explain(f"model_name {name} can't be loaded"):
+        return load_tokenizer(name, **kwargs), load_model(name, **kwargs)
+
+
+def load_model(name, is_encoder_decoder=None, **kwargs):
+    """Load a language model, or an adapter on one, which trains further.
+
+    is_encoder_decoder: if None, as its configuration says."""
+    if is_encoder_decoder is None:
+        is_encoder_decoder = load_config(name, **kwargs).is_encoder_decoder
+    auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+    return load_pretrained(auto_class, name, True, **kwargs)
+
+
+def load_sequence_classifier(name, **kwargs):
+    """Load a classifier to train; a language model gets a fresh head with one label.
+
+    An adapter of a classifier trains further. One of a language model is merged into its base
+    model: the fresh head then reads what the adapter has learned."""
+    has_head = "SequenceClassification" in str(load_config(name, **kwargs).architectures)
+    head = {} if has_head else {"num_labels": 1}
+    base, base_kwargs = base_of(name, **kwargs)
+    task_type = "SEQ_CLS"
+    if base != name:
+        from peft import PeftConfig
+        task_type = PeftConfig.from_pretrained(name, **hub_arguments(kwargs)).task_type
+    if task_type in ("SEQ_CLS", None):
+        return load_pretrained(AutoModelForSequenceClassification, name, True, **head, **kwargs)
+    merged = load_pretrained(AutoModelForCausalLM, name, False, **kwargs).merge_and_unload()
+    model = AutoModelForSequenceClassification.from_pretrained(base, **head, **base_kwargs)
+    model.base_model.load_state_dict(merged.base_model.state_dict())
+    return model
+
+
+def longest_prompt(model, max_new_tokens):
+    """Return how many tokens a prompt may have, so that the response has room."""
+    positions = number_of_positions(model)
+    return positions if model.config.is_encoder_decoder else positions - max_new_tokens
+
+
+def lora_config(config, is_encoder_decoder=False):
+    """Make a peft LoraConfig for all linear layers from config's lora_r, lora_alpha; None if 0."""
+    if not getattr(config, "lora_r", 0):  # plain TrainingArguments have none
+        return None
+    from peft import LoraConfig
+    task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear",
+                      task_type=task_type)
+
+
+def prepare_training(model, peft_config=None, seed=None):
+    """Prepare a model for training, with a fresh adapter if peft_config is given.
+
+    Freezes what text does not reach. A head that is trained next to a frozen base becomes float32.
+    Raises InputError if nothing would train."""
+    if peft_config is not None:
+        model = with_adapter(model, peft_config, seed)
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    freeze_beyond_text(plain)
+    for config in getattr(model, "peft_config", {}).values():
+        base = config.base_model_name_or_path
+        if base and os.path.isdir(base):  # the saved adapter opens in every working directory
+            config.base_model_name_or_path = os.path.abspath(base)
+    if plain is not model:
+        backbone = set(plain.base_model.parameters())
+        for module in plain.modules():
+            own = set(module.parameters(recurse=False))
+            is_trained = all(p.requires_grad and p.dtype != torch.float32 for p in own)
+            if own and is_trained and not own & backbone:
+                module.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model: none of its parameters requires a gradient, so nothing would "
+                         "train; load an adapter with is_trainable=True")
+    warn_of_half_precision(model)
+    return model
+
+
+def scale_learning_rate(rate, model):
+    """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
+
+    An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
+    rate *= math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+    rate *= 10 if hasattr(model, "peft_config") else 1
+    print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
+    return rate
+
+
+def use_few_threads(model):
+    """Use one thread for a model below a million weights: splitting its products takes longer."""
+    if sum(p.numel() for p in model.parameters()) < 10**6:
+        torch.set_num_threads(1)
+
+
+def warn_of_half_precision(model):
+    """Warn if weights that are trained are in half precision."""
+    kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad} - {"float32"}
+    for kind in kinds:
+        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below their "
+                      "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
+
+
+# ----------------------------------------------------------------------------- output files
+def writable_folder(path, fresh):
+    """Create the output folder and check that it is writable. Raises InputError.
+
+    A fresh run refuses a folder that holds the checkpoints of another run."""
+    path = Path(path)
+    with explain(f"output_dir {path} can't be written"):
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    left = sorted(folder.name for folder in path.glob("checkpoint-*"))
+    if fresh and left:
+        raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, "
+                         "choose another --output-dir, or remove it")
+    if fresh and os.environ.get("RANK", "0") == "0":
+        (path / "samples.jsonl").unlink(missing_ok=True)  # runs append to it
+
+
+def checkpoints(path):
+    """List the checkpoint-<n> folders in the folder `path`, oldest first."""
+    found = [folder for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name[11:]))
+
+
+def newest_checkpoint(path, last_file=""):
+    """Return `path` if it is a checkpoint-<n>, else the largest n in it. Raises InputError.
+
+    last_file: the file that is written last, without which a checkpoint is incomplete."""
+    path = Path(path)
+    if path.name.startswith("checkpoint-") and path.is_dir():
+        return path
+    found = [folder for folder in checkpoints(path) if (folder / last_file).exists()]
+    if not found:
+        raise InputError(f"resume from {path}: no checkpoint-<n> there; give a checkpoint or the "
+                         "output folder of a run")
+    return found[-1]
+
+
+def trainer_checkpoint(path):
+    """Return the newest complete checkpoint of a Trainer's run. Raises InputError.
+
+    Opens every file, so that a damaged checkpoint fails here and not in mid-training."""
+    checkpoint = newest_checkpoint(path, "trainer_state.json")
+    with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        parts = {"weights": ["*model*"], "optimizer": ["*optimizer*"],
+                 "schedule": ["scheduler*", "custom_checkpoint*"]}  # Trainer's, accelerate's
+        for part, names in parts.items():
+            files = [file for name in names for file in checkpoint.glob(name)]
+            if not files and not (checkpoint / "latest").exists():  # DeepSpeed has its own folders
+                raise FileNotFoundError(f"it holds no {part}")
+        for file in checkpoint.iterdir():
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()
+            elif file.name == "training_args.bin":
+                continue
+            elif file.suffix in (".pt", ".pth", ".bin", ".pkl"):
+                zipfile.ZipFile(file).close()
+    return str(checkpoint)
+
+
+@contextmanager
+def new_checkpoint(accelerator, folder, number, keep=None, best=None):
+    """Yield a folder to write to, which becomes folder/checkpoint-<number>. Call on every rank.
+
+    It is renamed when it is complete: a run that is killed meanwhile has the one before. Then the
+    oldest are removed, except `keep` of them (None: all) and the one whose path is `best`."""
+    final, aside = Path(folder, f"checkpoint-{number}"), Path(folder, "checkpoint.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    aside.mkdir(parents=True, exist_ok=True)
+    yield aside
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        # never a newer one, which another run may have left here
+        older = [path for path in checkpoints(folder) if int(path.name[11:]) < number]
+        too_many = 0 if keep is None else max(len(older) + 1 - keep, 0)
+        for old in older[:too_many]:
+            if best is None or old.name != Path(best).name:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+class MetricsFile:
+    """metrics.jsonl, one line per update. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path, current_step):
+        lines = path.read_text().splitlines() if path.exists() and current_step else []
+        complete = [line for line in lines if line.endswith("}")]
+        kept = [line for line in complete if json.loads(line)["update"] <= current_step]
+        aside = path.with_suffix(".tmp")  # a kill while this file is rewritten loses nothing
+        aside.write_text("".join(line + "\n" for line in kept))
+        aside.replace(path)
+        self.path = path
+
+    def write(self, row):
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def log_samples(folder, title, rows):
+    """Print samples and append them to samples.jsonl. Call on one rank.
+
+    rows: dicts of numbers (printed first) and texts (later lines indented), such as {"update": 0,
+    "query": "the plot was", "response": " bland.", "score": -2.9}."""
+    tqdm.write(f"\n{title}")
+    with Path(folder, "samples.jsonl").open("a") as file:
+        for row in rows:
+            numbers = [f"{value:+6.2f}  " for value in row.values() if isinstance(value, float)]
+            texts = [value for value in row.values() if isinstance(value, str)]
+            tqdm.write("  " + "".join(numbers) + " |".join(texts).replace("\n", "\n      "))
+            file.write(json.dumps(row) + "\n")
+
+
+def write_model_card(folder, what, config, data, metrics):
+    """Write README.md of a trained model: what it is, its sources, its last metrics.
+
+    Call on one rank."""
+    sources = {"model": config.model_name or "toy", **data}
+    sources = ", ".join(f"{kind} `{name}`" for kind, name in sources.items())
+    timing = ("runtime", "per_second", "step")
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items()
+                      if isinstance(value, (int, float)) and not name.endswith(timing))
+    Path(folder, "README.md").write_text(f"""---
+library_name: transformers
+---
+# {Path(folder).resolve().name}
+
+{what}, from {sources}.
+
+| | at the end |
+|---|---|
+{table}
+""")
+
+
+# ----------------------------------------------------------------------------- files on Trainer
+@dataclass
+class TrainerFlags:
+    """List the fields that the four configs on TrainingArguments share."""
+
+    dataset_split: Optional[str] = None
+    """Split to train on, such as train_sft. None: train, or the only one."""
+    dataset_config: Optional[str] = None
+    """Configuration of a dataset that has several, such as main of gsm8k."""
+    eval_dataset_split: Optional[str] = None
+    """Split to evaluate on, of eval_dataset or else of dataset. None: test or validation."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, more time."""
+    save_total_limit: Optional[int] = 1
+    """Number of checkpoints to keep. None: all."""
+
+    def __post_init__(self):
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # Trainer computes in bfloat16 on a CPU only if told so
+        # the name in transformers 5; Trainer warns about the old one
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+
+
+def start_run(config):
+    """Check the output folder and the checkpoint to resume from, and seed all random numbers.
+
+    Returns the folder, and the checkpoint or None. Raises InputError."""
+    checkpoint = None
+    if config.resume_from_checkpoint:
+        checkpoint = trainer_checkpoint(config.resume_from_checkpoint)
+        state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+        is_over = state["epoch"] >= config.num_train_epochs
+        if config.max_steps > 0:
+            is_over = state["global_step"] >= config.max_steps
+        # the model card is written last; Trainer would take an update too many
+        if is_over and Path(config.output_dir, "README.md").exists():
+            raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
+                             "--num-train-epochs or --max-steps to continue")
+    writable_folder(config.output_dir, fresh=not checkpoint)
+    set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
+    return Path(config.output_dir), checkpoint
+
+
+def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
+    """Load the rows of config.dataset, and the evaluation's, or None. Raises InputError.
+
+    Without config.dataset: the files of the toy."""
+    dataset = config.dataset or TOY / toy_rows
+    rows = load_rows(dataset, config.dataset_split, config.dataset_config)
+    held_out = load_eval_rows(config, dataset)
+    if held_out is None and not config.dataset:
+        held_out = load_rows(TOY / toy_eval_rows)
+    return rows, held_out
+
+
+def load_eval_rows(config, dataset):
+    """Load the rows to evaluate on, or return None.
+
+    They are a split of config.eval_dataset or, if config.eval_dataset_split is given, of `dataset`,
+    which is trained on. Raises InputError if that would silently be the split of the training."""
+    split = config.eval_dataset_split
+    name = config.eval_dataset or (split and dataset)
+    if not name:
+        return None
+    is_same = str(name) == str(dataset)
+    settings = config.dataset_config if is_same else None
+    if is_same and split is None and not Path(name).is_file():
+        splits = load_splits(name, settings)
+        if len(splits) == 1:
+            raise InputError(f"eval_dataset={name}: it is the dataset too, which has the split "
+                             f"{', '.join(splits)} alone; give other rows, or leave it out")
+    trained_on = config.dataset_split if is_same else None
+    usual = [held_out for held_out in ("test", "validation") if held_out != trained_on]
+    return load_rows(name, split, settings, usual, "eval_dataset_split")
+
+
+def map_sets(function, datasets, *args):
+    """Apply a function to a dataset, or to each of a dict of datasets."""
+    if isinstance(datasets, dict):
+        return {name: function(dataset, *args) for name, dataset in datasets.items()}
+    return function(datasets, *args)
+
+
+def read_stream(rows):
+    """Read a stream into a list; anything else stays as it is.
+
+    Ranks fill the last batch of a stream with rows that they have had, and can't tell them apart
+    in evaluation."""
+    from datasets import IterableDataset
+    is_stream = isinstance(rows, (IterableDataset, torch.utils.data.IterableDataset))
+    return list(rows) if is_stream else rows
+
+
+class TokenMeanEvaluation:
+    """Make eval_loss the mean over all tokens of all ranks, not over batches (a Trainer's mixin).
+
+    `compute_loss` calls add_to_evaluation when the model is in eval mode."""
+
+    eval_sums = torch.zeros(2)  # of the losses, and their number
+
+    def add_to_evaluation(self, nll, loss_mask):
+        """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
+
+        Ranks repeat rows to fill the last batch: gather_for_metrics drops them, row by row."""
+        row_of_token = loss_mask.nonzero()[:, 0]
+        row_sums = nll.new_zeros(len(loss_mask)).index_add(0, row_of_token, nll.detach())
+        row_counts = loss_mask.sum(1).to(row_sums)
+        sums_and_counts = torch.stack([row_sums, row_counts], dim=1)                    # [B, 2]
+        sums = self.accelerator.gather_for_metrics(sums_and_counts).sum(0)
+        self.eval_sums = self.eval_sums.to(sums.device) + sums
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Run one evaluation step; all logits are computed only if metrics need them."""
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Run Trainer's loop, and replace its loss."""
+        self.eval_sums = torch.zeros(2)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.eval_sums.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+
+class Journal(TrainerCallback):
+    """Write a Trainer's metrics to metrics.jsonl and show a progress bar, on the main rank.
+
+    Each line is {"update": optimizer steps so far, "loss": ..., ...}.
+    phases: what the bar says between and within epochs, such as ("sampling", "learning")."""
+
+    def __init__(self, folder, phases=("", "")):
+        self.path, self.file = Path(folder) / "metrics.jsonl", None
+        self.phases = phases
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        main = state.is_world_process_zero
+        self.file = MetricsFile(self.path, state.global_step) if main else None
+        if main and state.global_step:  # samples too, since they will be drawn again
+            MetricsFile(self.path.with_name("samples.jsonl"), state.global_step)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
+                        desc=self.phases[0] or None, disable=not main or args.disable_tqdm)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.bar.set_description(self.phases[1])
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.bar.set_description(self.phases[0])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+        if state.global_step >= state.max_steps:  # a run shorter than logging_steps has a loss too
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.file:
+            self.file.write({"update": state.global_step, **logs})
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        timing = ("runtime", "per_second", "epoch")
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items()
+                 if not name.endswith(timing)]
+        if state.is_world_process_zero:
+            tqdm.write(f"epoch {state.epoch or 0:.2f}: {', '.join(shown)}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def last_evaluation(trainer):
+    """Return the final evaluation's metrics; evaluate again if the best model was loaded since."""
+    last = trainer.state.log_history[-2:][0]  # before train()'s own line
+    is_current = "eval_loss" in last and not trainer.args.load_best_model_at_end
+    return last if is_current else trainer.evaluate()
+
+
+# ----------------------------------------------------------------------------- retired arguments
+# Fields that transformers 5 has renamed: type, default, and today's field, "field.key" of a dict
+# field, or {field: value}.
+RENAMED = {
+    "evaluation_strategy": (str, "no", "eval_strategy"),
+    "per_gpu_train_batch_size": (Optional[int], None, "per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": (Optional[int], None, "per_device_eval_batch_size"),
+    "warmup_ratio": (float, 0.0, "warmup_steps"),  # below 1 it is a fraction of all steps
+    "no_cuda": (bool, False, "use_cpu"),
+    "tpu_metrics_debug": (bool, False, {"debug": "tpu_metrics_debug"}),
+    "fsdp_min_num_params": (int, 0, "fsdp_config.min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": (
+        Optional[str], None, "fsdp_config.transformer_layer_cls_to_wrap"),
+    "adafactor": (bool, False, {"optim": "adafactor"}),
+    "group_by_length": (bool, False, {"train_sampling_strategy": "group_by_length"}),
+    "include_inputs_for_metrics": (bool, False, {"include_for_metrics": ["inputs"]}),
+    "push_to_hub_model_id": (Optional[str], None, "hub_model_id"),
+    "push_to_hub_token": (Optional[str], None, "hub_token"),
+    "torchdynamo": (Optional[str], None, "torch_compile_backend"),  # which sets torch_compile
+    "dispatch_batches": (Optional[bool], None, "accelerator_config.dispatch_batches"),
+    "split_batches": (bool, False, "accelerator_config.split_batches"),
+    "include_tokens_per_second": (bool, False, {"include_num_input_tokens_seen": "all"}),
+}
+# Fields that transformers 5 has removed: type, default, and what to do instead.
+REMOVED = {
+    "overwrite_output_dir": (bool, False, "files are always overwritten; empty the folder instead"),
+    "logging_dir": (Optional[str], None, "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "save_safetensors": (bool, True, "for the old format call torch.save(model.state_dict(), ...)"),
+    "use_mps_device": (bool, False, "Apple's GPU is the default; use_cpu turns it off"),
+    "jit_mode_eval": (bool, False, "use torch_compile"),
+    "use_ipex": (bool, False, "use bf16 or torch_compile"),
+    "fp16_opt_level": (str, "O1", "use fp16 or bf16, which do what O1 did"),
+    "half_precision_backend": (str, "auto", "use fp16 or bf16"),
+    "tpu_num_cores": (Optional[int], None, "give the number of cores to torch_xla's launcher"),
+    "past_index": (int, -1, "leave it out"),
+    "use_legacy_prediction_loop": (bool, False, "leave it out"),
+    "fp16_backend": (str, "auto", "use fp16 or bf16"),
+    "push_to_hub_organization": (Optional[str], None, "use hub_model_id='organization/name'"),
+    "mp_parameters": (str, "", "use fsdp or deepspeed"),
+    "ray_scope": (str, "last", "set the environment variable RAY_SCOPE"),
+}
+RETIRED = {**RENAMED, **REMOVED}
+RetiredArguments = make_dataclass("RetiredArguments", [
+    (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
+    for name, (kind, default, _) in RETIRED.items()])
+
+
+def replace_retired(config):
+    """Set today's fields of TrainingArguments from retired ones. Raises InputError.
+
+    It raises if transformers 5 has nothing like the retired field, or if both are given and differ.
+    """
+    for name, (_, default, today) in RETIRED.items():
+        value = getattr(config, name)
+        if value == default:
+            continue
+        if name in REMOVED:
+            raise InputError(f"{name}={value!r}: transformers 5 has removed it; {today}")
+        if isinstance(today, dict):
+            today, value = next(iter(today.items()))
+        today, _, key = today.partition(".")
+        current = getattr(config, today)
+        if key and isinstance(current, str):
+            raise InputError(f"{name}={value!r}: {today}={current!r} is a file; set {key} in it")
+        if key:
+            value = {**(current or {}), key: value}
+        elif isinstance(current, (str, bool, int, float)):
+            if current not in (value, type(config).__dataclass_fields__[today].default):
+                raise InputError(f"{name}: it means {today}={value!r}, and {today}={current!r} is "
+                                 f"given; give {today} alone")
+        setattr(config, today, value)
+
+
+# ----------------------------------------------------------------------------- ppo.py and ddpo.py
+class LoopTrainer:
+    """Ranks, trackers and checkpoints of a trainer that owns its loop (PPOTrainer, DDPOTrainer).
+
+    A subclass has a `config` and an `optimizer`, and defines `state_dict` and `load_state_dict`
+    for what a checkpoint holds besides weights, optimizer and random numbers."""
+
+    keep_checkpoints = 1
+    lr_scheduler = None
+
+    def start_accelerator(self, project, **settings):
+        """Make the accelerator from `project`, arguments of ProjectConfiguration, and settings.
+
+        The config's project_kwargs and accelerator_kwargs override them. Raises InputError."""
+        config = self.config
+        check_arguments("project_kwargs", config.project_kwargs, ProjectConfiguration)
+        check_arguments("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
+        project = ProjectConfiguration(**{**project, **config.project_kwargs})
+        project.automatic_checkpoint_naming = False  # save_checkpoint names them
+        settings = {"log_with": config.log_with, "project_config": project, **settings}
+        self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise InputError("gradient_accumulation_steps (accelerator_kwargs or accelerate's "
+                             "configuration): leave it out; set the config's own field")
+
+    def sum_over_ranks(self, tensor):
+        """Sum a tensor over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, "sum")
+
+    def start_trackers(self, run_name=None):
+        """Start the tracker `log_with` with the config's plain values. run_name: for wandb."""
+        config = self.config
+        tracker_kwargs = dict(config.tracker_kwargs)
+        if config.log_with == "wandb" and run_name:
+            tracker_kwargs["wandb"] = {"name": run_name, **tracker_kwargs.get("wandb", {})}
+        if config.log_with:
+            plain = {name: value for name, value in config.to_dict().items()
+                     if isinstance(value, (int, float, str, bool))}
+            self.accelerator.init_trackers(config.tracker_project_name, plain, tracker_kwargs)
+
+    def log_table_and_histograms(self, vectors, columns, table):
+        """Send vectors {name: tensor [n]} and a table of samples to the tracker (main rank)."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            if tracker.name == "wandb":
+                import wandb
+                # a ratio may overflow, and a histogram's bins can be too narrow for float32
+                histograms = {name: wandb.Histogram(x[x.isfinite()].double().cpu().numpy())
+                              for name, x in vectors.items()}
+                tracker.log(histograms, step=self.current_step)
+                tracker.log_table("game_log", columns, table, step=self.current_step)
+            else:
+                for name, vector in vectors.items():
+                    tracker.writer.add_histogram(name, vector.float().cpu(), self.current_step)
+                rows = [" | ".join([f"{reward:.2f}", *map(str, row)]) for *row, reward in table]
+                tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
+
+    def save_checkpoint(self, folder, number):
+        """Write folder/checkpoint-<number> and remove the oldest ones. Call on every rank."""
+        with new_checkpoint(self.accelerator, folder, number, self.keep_checkpoints) as aside:
+            self.accelerator.save_state(str(aside), safe_serialization=False)
+
+    def load_checkpoint(self, path):
+        """Restore weights, optimizer, random state and `state_dict` of a checkpoint.
+
+        The learning rate stays the config's, unless a scheduler sets it."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        with explain(f"checkpoint {path} is damaged; resume from another"):
+            # accelerate goes on without the random numbers that it can't read
+            rank = self.accelerator.process_index
+            zipfile.ZipFile(Path(path, f"random_states_{rank}.pkl")).close()
+            self.accelerator.load_state(str(path))
+        if self.lr_scheduler is None:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
