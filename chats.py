@@ -1,25 +1,23 @@
 """From a prompt to a response to its reward: what models read and write.
 
-    prompt_ids                        a prompt: a text, chat messages, or token ids
-    render_chat, tokenize_chat        a chat as the tokenizer's template writes it, token by token,
-                                      and which of the tokens are the assistant's
-    split_chat, join_chat             a chat as a prompt and an answer, and back
-    chat_end_id, end_token_ids        the tokens that end an answer
-    generate                          one sampled response per prompt
-    load_reward, reward_inputs        a reward: a function or a classifier, and what it reads
-    judged_ids                        the token ids of a classifier, the same in training and in use
+    prompts    prompt_ids: a text, chat messages or token ids -> the policy's input
+    chats      render_chat: messages -> text, as the tokenizer's template writes it; tokenize_chat:
+               messages -> token ids, and which of them the assistant writes
+    ends       end_token_ids: the tokens that end a response
+    sampling   generate: one response per prompt
+    rewards    reward_inputs: what a reward reads of prompts and responses; load_reward: a function
+               or a classifier, and its scores
+
+Each section begins with these functions; what they call follows.
 """
 import copy
-import importlib.util
 import inspect
 import math
 import os
 import re
-import sys
 import warnings
 from functools import lru_cache
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -36,6 +34,7 @@ from common import (
     batches_of_similar_length,
     explain,
     hub_arguments,
+    load_function,
     number_of_positions,
     split,
 )
@@ -62,7 +61,7 @@ def prompt_ids(tokenizer, prompt, row=None):
 
 
 def text_to_show(prompt):
-    """Return what samples show of a prompt: of a chat the last user turn, else its text."""
+    """Return what samples show of a prompt: its text; of a chat the last user turn or message."""
     if not is_chat(prompt):
         return prompt or ""  # a chat without messages is an empty list
     turns = [turn["content"] for turn in prompt if turn["role"] == "user"]
@@ -86,15 +85,6 @@ def apply_template(tokenizer, messages, row=None, **options):
                                          **row.get("chat_template_kwargs", {}), **options)
 
 
-def without_nulls(value):
-    """Drop what is None from dicts, at any depth: Arrow fills in the keys that other rows have."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
-
-
 def render_chat(tokenizer, messages, row=None, add_generation_prompt=False):
     """Render chat messages as text. A whole chat ends with its last special token.
 
@@ -106,6 +96,15 @@ def render_chat(tokenizer, messages, row=None, add_generation_prompt=False):
     return stripped if is_ended else text
 
 
+def without_nulls(value):
+    """Drop what is None from dicts, at any depth: Arrow fills in the keys that other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 def special_tokens(tokenizer):
     """Return the texts of the tokenizer's special tokens, a tuple."""
     return read_special_tokens(tokenizer, len(tokenizer))
@@ -113,7 +112,9 @@ def special_tokens(tokenizer):
 
 @lru_cache(maxsize=8)
 def read_special_tokens(tokenizer, vocab_size):
-    """Read them once: the 6,000 of Gemma 3 take longer than 50 chats."""
+    """Read them once: the 6,000 of Gemma 3 take longer than 50 chats.
+
+    vocab_size is part of the cache's key, since tokens may be added."""
     return tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
@@ -121,6 +122,31 @@ def chat_ids(tokenizer, messages, row=None, add_generation_prompt=False):
     """Return the token ids of chat messages."""
     text = render_chat(tokenizer, messages, row, add_generation_prompt)
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def join_chat(prompt, answer):
+    """Return prompt and answer as one conversation, a list of messages.
+
+    An answer that begins with the prompt's messages, or with another role than the assistant, is
+    the whole conversation already. prompt: messages, the text of a user's turn, or None."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    prompt = prompt or []
+    repeats = len(answer) > len(prompt) > 0 and same_messages(prompt, answer) == len(prompt)
+    begins_otherwise = len(answer) > 0 and answer[0]["role"] != "assistant"
+    if repeats or begins_otherwise:
+        return answer
+    return prompt + answer
+
+
+def same_messages(first, second):
+    """Count the messages with which two chats begin alike: role, text (stripped), tool calls."""
+    def key(message):
+        content = message.get("content") or ""
+        content = content.strip() if isinstance(content, str) else content
+        return message["role"], content, without_nulls(message.get("tool_calls") or [])
+    pairs = zip(first, second, strict=False)
+    return len(list(takewhile(lambda pair: key(pair[0]) == key(pair[1]), pairs)))
 
 
 def tokenize_chat(tokenizer, messages, row=None, first=0):
@@ -140,7 +166,7 @@ def tokenize_chat(tokenizer, messages, row=None, first=0):
     if is_marked and spans:
         marks = apply_template(tokenizer, messages, row, tokenize=True, return_dict=True,
                                return_assistant_tokens_mask=True)["assistant_masks"]
-        pairs = zip(marks, tokens.offset_mapping, strict=False)
+        pairs = zip(marks, tokens.offset_mapping, strict=False)  # marks: also of white space behind
         return tokens.input_ids, [int(mark and end > spans[0][0]) for mark, (_, end) in pairs]
     mask = [0] * len(tokens.input_ids)
     for start, end in spans:
@@ -176,7 +202,8 @@ def span_of_turn(tokenizer, whole, messages, i, header, row=None):
     content = span_of_content(tokenizer, whole, messages, i, row)
     if content is None:
         return None
-    # 1. It begins after its generation prompt, or what is left of that in the whole chat
+    # 1. It begins after its generation prompt. The whole chat may lack the end of that prompt, such
+    #    as "<think>": try shorter beginnings of it, down to half
     start = content[0]
     previous = span_of_content(tokenizer, whole, messages, i - 1, row) if i else None
     between = whole[previous[1] if previous else 0:content[0]]
@@ -185,7 +212,7 @@ def span_of_turn(tokenizer, whole, messages, i, header, row=None):
         if place >= 0:
             start = content[0] - len(between) + place + length
             break
-    if i and not header:
+    if i and not header:  # the template has no generation prompt
         until_here = render_chat(tokenizer, messages[:i], row, add_generation_prompt=True)
         start = len(until_here) if whole.startswith(until_here) else start
     # 2. It ends where the chat up to here does, or with the first special token after its content
@@ -200,7 +227,8 @@ def span_of_turn(tokenizer, whole, messages, i, header, row=None):
 def span_of_content(tokenizer, whole, messages, i, row=None):
     """Return where the content of message i begins and ends in `whole`, the rendered chat.
 
-    It is what changes when its texts do. None: the template leaves it out."""
+    Render the chat again with this message's texts replaced: what differs is its content. None: the
+    template leaves it out."""
     changed = [*messages[:i], replace_texts(messages[i]), *messages[i + 1:]]
     other = render_chat(tokenizer, changed, row)
     if MARK not in other:
@@ -210,15 +238,21 @@ def span_of_content(tokenizer, whole, messages, i, row=None):
     return start, len(whole) - end
 
 
-def replace_texts(value):
+def replace_texts(value, kinds=("role", "type", "id", "name", "tool_call_id")):
     """Replace the texts of a message, but not those that say what kind of message it is."""
-    kinds = ("role", "type", "id", "name", "tool_call_id")
-    if isinstance(value, dict):
-        return {key: item if key in kinds and isinstance(item, str) else replace_texts(item)
-                for key, item in value.items()}
     if isinstance(value, list):
-        return [replace_texts(item) for item in value]
-    return MARK if isinstance(value, str) else value
+        return [replace_texts(item, kinds) for item in value]
+    if not isinstance(value, dict):
+        return MARK if isinstance(value, str) else value
+    replaced = {}
+    for key, item in value.items():
+        if key in kinds and isinstance(item, str):
+            replaced[key] = item
+        elif key == "function":  # the assistant writes the name of the function that it calls
+            replaced[key] = replace_texts(item, kinds=())
+        else:
+            replaced[key] = replace_texts(item, kinds)
+    return replaced
 
 
 def generation_prompt(tokenizer, row=None):
@@ -227,26 +261,6 @@ def generation_prompt(tokenizer, row=None):
     without = render_chat(tokenizer, question, row)
     prompt = render_chat(tokenizer, question, row, add_generation_prompt=True)
     return prompt[len(os.path.commonprefix([prompt, without])):].lstrip()
-
-
-def chat_end_id(tokenizer):
-    """Return the special token with which the template ends an answer, or None."""
-    if tokenizer.chat_template is None:
-        return None
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    rest = render_chat(tokenizer, chat).rpartition(MARK)[2].lstrip()
-    ends = [token for token in special_tokens(tokenizer) if rest.startswith(token)]
-    return tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else None
-
-
-def end_token_ids(tokenizer, *ids):
-    """Collect the ids that end a response: the tokenizer's, its chat template's, and `ids`.
-
-    ids: one, a list or None each."""
-    ends = {tokenizer.eos_token_id, chat_end_id(tokenizer)}
-    for one_or_more in ids:
-        ends.update(one_or_more if isinstance(one_or_more, (list, tuple)) else [one_or_more])
-    return ends - {None}
 
 
 def warn_of_missing_end(tokenizer, text):
@@ -264,31 +278,39 @@ def warn_of_lost_thinking(text, messages):
         thoughts += [message.get("reasoning_content") or "", message.get("thinking") or ""]
     if any(thought.strip() not in text for thought in thoughts):
         warnings.warn("chat_template (tokenizer): it leaves thinking out of a chat, often that of "
-                      "all turns but the last; what is left out is not trained on", stacklevel=2)
+                      "all turns but the last; no model reads what is left out", stacklevel=2)
 
 
-def join_chat(prompt, answer):
-    """Return prompt and answer as one conversation, a list of messages.
+# ----------------------------------------------------------------------------- ends
+def end_token_ids(tokenizer, *ids):
+    """Collect the ids that end a response: the tokenizer's, its chat template's, and `ids`.
 
-    An answer that begins with the prompt's messages, or with another role than the assistant, is
-    the whole conversation already. prompt: messages, the text of a user's turn, or None."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}] if prompt else []
-    prompt = prompt or []
-    repeats = len(answer) > len(prompt) > 0 and same_messages(prompt, answer) == len(prompt)
-    if repeats or answer[:1] and answer[0]["role"] != "assistant":
-        return answer
-    return prompt + answer
+    ids: one, a list or None each."""
+    ends = {tokenizer.eos_token_id, chat_end_id(tokenizer)}
+    for one_or_more in ids:
+        ends.update(one_or_more if isinstance(one_or_more, (list, tuple)) else [one_or_more])
+    return ends - {None}
 
 
-def same_messages(first, second):
-    """Count the messages with which two chats begin alike: role, text (stripped), tool calls."""
-    def key(message):
-        content = message.get("content") or ""
-        content = content.strip() if isinstance(content, str) else content
-        return message["role"], content, without_nulls(message.get("tool_calls") or [])
-    pairs = zip(first, second, strict=False)
-    return len(list(takewhile(lambda pair: key(pair[0]) == key(pair[1]), pairs)))
+def chat_end_id(tokenizer):
+    """Return the special token with which the template ends an answer, or None."""
+    if tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    rest = render_chat(tokenizer, chat).rpartition(MARK)[2].lstrip()
+    ends = [token for token in special_tokens(tokenizer) if rest.startswith(token)]
+    return tokenizer.convert_tokens_to_ids(max(ends, key=len)) if ends else None
+
+
+def padding_token_id(tokenizer, end_ids):
+    """Return a token id that ends no text: that of the pad token, BOS, ..., a null character."""
+    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id,
+           *tokenizer("\0", add_special_tokens=False).input_ids]
+    for token_id in ids:
+        if token_id is not None and token_id not in end_ids:
+            return token_id
+    raise InputError(f"tokenizer {tokenizer.name_or_path}: each token that could pad also ends "
+                     "texts; set another tokenizer.pad_token")
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -302,7 +324,7 @@ REFUSED = {  # argument: (the value that is allowed, why no other is)
 @torch.no_grad()
 def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, length_sampler=None,
              **kwargs):
-    """Generate one response per prompt. Returns a list of LongTensors [response_length].
+    """Generate one response per prompt; sample it if do_sample. Returns a list of LongTensors [T].
 
     model: a language model, with or without a value head. prompts: a list of LongTensors
     [prompt_length]. A response ends with its first end token: the tokenizer's, the model's, or one
@@ -331,6 +353,7 @@ def generate(model, prompts, tokenizer, batch_size=4, policy_temperature=1.0, le
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     was_training = model.training
     model.eval()
+    # what is not given is filled in from the model's own config, so that one is replaced
     language_model.generation_config = settings
     try:
         for batch in split(by_length, batch_size):
@@ -364,7 +387,8 @@ def refuse_virtual_tokens(model):
 def cut_response(response, end_ids, first, fill):
     """Cut a response [T] after its first end token at position `first` or later.
 
-    fill: the token that fills a row after a stop string, which is cut off; or None."""
+    first: 1 for an encoder-decoder, whose start token may also end texts. fill: the pad token that
+    follows a stop string, which is cut off; or None."""
     tokens = response.tolist()
     for i, token in enumerate(tokens[first:], start=first):
         if token in end_ids:
@@ -375,25 +399,15 @@ def cut_response(response, end_ids, first, fill):
     return response[:length]
 
 
-def padding_token_id(tokenizer, end_ids):
-    """Return a token id that ends no text: that of the pad token, BOS, ..., a null character."""
-    ids = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id,
-           *tokenizer("\0", add_special_tokens=False).input_ids]
-    for token_id in ids:
-        if token_id is not None and token_id not in end_ids:
-            return token_id
-    raise InputError(f"tokenizer {tokenizer.name_or_path}: each token that could pad also ends "
-                     "texts; set another tokenizer.pad_token")
-
-
 HARMLESS = (  # arguments that leave the distribution of the next token as it is
-    "do_sample", "num_beams", "max_new_tokens", "max_length", "max_time", "stop_strings",
+    "do_sample", "num_beams", "length_penalty", "early_stopping",  # of one beam
+    "max_new_tokens", "max_length", "max_time", "stop_strings",
     "stopping_criteria", "tokenizer", "streamer", "synced_gpus", "use_cache", "past_key_values",
     "cache_implementation", "cache_config", "bos_token_id", "eos_token_id", "pad_token_id",
     "decoder_start_token_id", "decoder_input_ids", *REFUSED)
-RESHAPING = (  # arguments that only generate's own sampling reads
+RESHAPING = (  # arguments that generate applies only if it samples by itself
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-OFF = (None, False, 0, -1)  # so TRL 0.7's examples write it
+OFF = (None, False, 0, -1)  # TRL 0.7's examples write min_length=-1, top_k=0.0
 OFF_AT_ONE = ("repetition_penalty", "encoder_repetition_penalty", "typical_p", "guidance_scale")
 
 
@@ -401,7 +415,8 @@ def sampling_settings(own, temperature, kwargs):
     """Return the generation config to use, and the arguments of `generate`.
 
     Sampling draws from softmax(logits / temperature), the policy that is scored, whatever top-k,
-    beams or penalties the model's own config has. Those in kwargs are used, with a warning."""
+    beams or penalties the model's own config has. Those in kwargs are used, with a warning.
+    Without do_sample responses are greedy."""
     if not kwargs.get("do_sample", own.do_sample):
         return own, kwargs
     if kwargs.get("num_beams", 1) != 1:
@@ -411,7 +426,9 @@ def sampling_settings(own, temperature, kwargs):
     settings = GenerationConfig(**{name: getattr(own, name) for name in kept})
     plain = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     given = {**plain, **kwargs}
-    given["temperature"] = float(given["temperature"] or temperature)  # generate refuses an int
+    if given["temperature"] is None:
+        given["temperature"] = temperature
+    given["temperature"] = float(given["temperature"])  # generate refuses an int
     names = [name for name in given if name not in HARMLESS]
     changes = {name: given[name] for name in names if not is_off(name, given[name], plain)}
     if changes:
@@ -420,7 +437,7 @@ def sampling_settings(own, temperature, kwargs):
                       stacklevel=4)
     if set(changes) & set(RESHAPING):
         return settings, given
-    draw = [*kwargs.get("logits_processor", []), TemperatureLogitsWarper(float(temperature)),
+    draw = [*(kwargs.get("logits_processor") or []), TemperatureLogitsWarper(float(temperature)),
             SampleToken()]
     kwargs = {name: value for name, value in kwargs.items() if name not in plain}
     # SampleToken leaves one token: greedy decoding takes it
@@ -455,25 +472,75 @@ class SampleToken(LogitsProcessor):
 INPUTS = ("texts", "prompts", "responses", "messages", "metadata")  # of a reward
 
 
-def load_function(argument, name):
-    """Load `file.py:function`, whose file may import its neighbors. Raises InputError."""
-    file, _, function = str(name).rpartition(":")
-    with explain(f"{argument}={name} can't be loaded"):
-        sys.path.insert(0, str(Path(file).resolve().parent))
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)  # worker processes find its functions by name
-        spec.loader.exec_module(module)
-        return getattr(module, function)
+def reward_inputs(tokenizer, prompts, responses, is_encoder_decoder):
+    """Return what a reward reads of prompts and their responses (ids): a dict of lists.
+
+    prompts: rows of `load_prompts`, as columns {name: list}. Returns
+    texts: prompt and response as one text; of a chat, all of it as the template writes it, with
+        the end of the response, even if sampling stopped before: classifiers learn from such;
+    prompts, responses: the texts of each, see answer_opening; messages: whole conversations, or
+        None where the prompt is a text; metadata: the prompts' rows."""
+    answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    opening = answer_opening(tokenizer)
+    texts, chats = [], []
+    for i, messages in enumerate(prompts["messages"]):
+        if messages is None:
+            texts.append(join_text(
+                tokenizer, prompts["input_ids"][i], responses[i], is_encoder_decoder))
+            chats.append(None)
+            continue
+        if opening:
+            answers[i] = text_between(tokenizer.decode(responses[i]), opening,
+                                      special_tokens(tokenizer))
+        thinking = re.search(r"<think>\s*$", prompts["query"][i])  # some templates begin it
+        content = ((thinking.group() if thinking else "") + answers[i]).strip()
+        chats.append([*messages, {"role": "assistant", "content": content}])
+        texts.append(render_chat(tokenizer, chats[i], prompts["metadata"][i]))
+    return {"texts": texts, "prompts": prompts["query"], "responses": answers, "messages": chats,
+            "metadata": prompts["metadata"]}
+
+
+def answer_opening(tokenizer):
+    """Return what the template writes between generation prompt and answer, or "".
+
+    Only if special tokens are in it: the answer's text begins behind them, as in gpt-oss, where
+    thinking and answer have a channel each."""
+    if tokenizer.chat_template is None:
+        return ""
+    question = [{"role": "user", "content": "a"}]
+    prompt = render_chat(tokenizer, question, add_generation_prompt=True)
+    whole = render_chat(tokenizer, [*question, {"role": "assistant", "content": MARK}])
+    before, _, opening = whole.partition(MARK)[0].partition(prompt)
+    has_special_tokens = any(token in opening for token in special_tokens(tokenizer))
+    return opening if not before and has_special_tokens else ""
+
+
+def text_between(text, opening, ends):
+    """Return the text after the last `opening`, up to the first of `ends`; without opening ""."""
+    rest = text.rpartition(opening)[2] if opening in text else ""
+    for end in ends:
+        rest = rest.partition(end)[0]
+    return rest
+
+
+def join_text(tokenizer, prompt, response, is_encoder_decoder):
+    """Return a prompt (ids) and its response (ids) as one text."""
+    if is_encoder_decoder:
+        prompt = tokenizer.decode(prompt, skip_special_tokens=True)
+        return f"{prompt} {tokenizer.decode(response, skip_special_tokens=True)}"
+    # together: a decoder may drop the space that a text begins with
+    ids = [*map(int, prompt), *map(int, response)]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def load_reward(name, label=None, device="cpu", **kwargs):
-    """Load a reward: a function of `reward_inputs` -> a list of scalar tensors. Raises InputError.
+    """Load a reward. Returns a function of `reward_inputs` that returns a list of scalar tensors.
 
     name: `file.py:function`, or a sequence classifier's folder or hub name, whose score is the
     logit of its only label, or of `label` (name or number). The function returns one number per
     text. It gets those of the inputs that its arguments name (all, if it takes **kwargs); if the
-    first has another name, it gets texts. kwargs: for the classifier's from_pretrained."""
+    first has another name, it gets texts. kwargs: for the classifier's from_pretrained.
+    Raises InputError."""
     if str(name).rpartition(":")[0].endswith(".py"):
         if label is not None:
             raise InputError(f"reward_label={label!r} (reward_model {name}): a function has no "
@@ -502,46 +569,12 @@ def load_reward(name, label=None, device="cpu", **kwargs):
     return reward
 
 
-def reward_inputs(tokenizer, prompts, responses, is_encoder_decoder):
-    """Return what a reward reads of prompts and their responses (ids): a dict of lists.
-
-    prompts: rows of `load_prompts`, as columns {name: list}. Returns
-    texts: prompt and response as one text; of a chat, all of it as the template writes it, with
-        the end of the response, even if sampling stopped before;
-    prompts, responses: the texts of each; messages: whole conversations, or None where the prompt
-        is a text; metadata: the prompts' rows."""
-    texts = join_texts(tokenizer, prompts["input_ids"], responses, is_encoder_decoder)
-    answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    chats = []
-    for i, messages in enumerate(prompts["messages"]):
-        if messages is None:
-            chats.append(None)
-            continue
-        thinking = re.search(r"<think>\s*$", prompts["query"][i])  # some templates begin it
-        content = ((thinking.group() if thinking else "") + answers[i]).strip()
-        chats.append([*messages, {"role": "assistant", "content": content}])
-        texts[i] = render_chat(tokenizer, chats[i], prompts["metadata"][i])
-    return {"texts": texts, "prompts": prompts["query"], "responses": answers, "messages": chats,
-            "metadata": prompts["metadata"]}
-
-
-def join_texts(tokenizer, prompts, responses, is_encoder_decoder):
-    """Return each prompt (ids) with its response (ids) as one text."""
-    if is_encoder_decoder:
-        prompts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        responses = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [f"{prompt} {text}" for prompt, text in zip(prompts, responses, strict=True)]
-    # together: a decoder may drop the space that a text begins with
-    pairs = zip(prompts, responses, strict=True)
-    ids = [[*map(int, prompt), *map(int, response)] for prompt, response in pairs]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def judged_ids(tokenizer, text, row=None, max_length=None):
+# ----------------------------------------------------------------------------- classifiers
+def classifier_ids(tokenizer, text, row=None, max_length=None):
     """Return the token ids that a classifier reads, in training and in use.
 
-    text: a text, or the messages of a chat. A longer one keeps its last max_length tokens, since
-    the response is at the end. row: see apply_template."""
+    tokenizer: that of prepare_classifier_tokenizer, which truncates on the left, since the response
+    is at the end. text: a text, or the messages of a chat. row: see apply_template."""
     is_text = isinstance(text, str)
     if not is_text:
         messages, text = text, render_chat(tokenizer, text, row)
@@ -558,7 +591,7 @@ def prepare_classifier_tokenizer(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     pad_token_id = padding_token_id(tokenizer, end_token_ids(tokenizer))
     if pad_token_id != tokenizer.pad_token_id:
-        # GPT-2 writes the null character as the letter Ā, which words of a text may hold
+        # GPT-2 writes the null character as "Ā"; single_word keeps it from matching inside words
         word = AddedToken(tokenizer.convert_ids_to_tokens(pad_token_id), single_word=True,
                           normalized=False, special=True)
         pad_token = tokenizer.added_tokens_decoder.get(pad_token_id, word)
@@ -584,7 +617,7 @@ def set_classifier_padding(model, tokenizer):
     config.pad_token_id = tokenizer.pad_token_id
 
 
-JUDGED_TOKENS = 2**14  # of texts that a classifier reads at once, padding included
+CLASSIFIER_TOKENS = 2**14  # of texts that a classifier reads at once, padding included
 
 
 def load_classifier(name, label, device, **kwargs):
@@ -608,15 +641,15 @@ def load_classifier(name, label, device, **kwargs):
     given_pad, pad_id = tokenizer.pad_token, model.config.get_text_config().pad_token_id
     tokenizer = prepare_classifier_tokenizer(tokenizer)
     if tokenizer.pad_token != given_pad and pad_id in range(len(tokenizer)):
-        # not trained by reward.py: its scores were read before this token, even if it ends texts
+        # a classifier of others: keep the pad token it was trained with, even if it ends texts
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     set_classifier_padding(model, tokenizer)
     longest = min(number_of_positions(model), tokenizer.model_max_length)
 
     def ids_of(text, response, messages, row):
         if messages and tokenizer.chat_template is None:
-            return judged_ids(tokenizer, response, max_length=longest)
-        return judged_ids(tokenizer, messages or text, row, longest)
+            return classifier_ids(tokenizer, response, max_length=longest)
+        return classifier_ids(tokenizer, messages or text, row, longest)
 
     @torch.inference_mode()
     def score(texts, responses=None, messages=None, metadata=None):
@@ -625,7 +658,7 @@ def load_classifier(name, label, device, **kwargs):
                    strict=True)
         ids = [ids_of(*row) for row in rows]
         scores = torch.empty(len(ids))
-        for batch in batches_of_similar_length([len(row) for row in ids], JUDGED_TOKENS):
+        for batch in batches_of_similar_length([len(row) for row in ids], CLASSIFIER_TOKENS):
             # padded on the right: GPT-2 classifiers count positions from the first column
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right",
                                    return_tensors="pt").to(device)

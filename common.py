@@ -11,8 +11,10 @@ chats.py goes from a prompt to a response to its reward; machinery.py holds what
 share. Nothing happens at import: no network, no CUDA, no seed.
 """
 import copy
+import importlib.util
 import os
 import random
+import sys
 import tempfile
 import traceback
 import warnings
@@ -27,7 +29,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 
 TOY = Path(__file__).resolve().parent / "toy"
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -38,17 +45,33 @@ class InputError(ValueError):
 
 
 @contextmanager
-def explain(what):
-    """Turn any error inside into an InputError: `what`, the error's first line, and its place."""
+def explain(what, place=""):
+    """Turn any error inside into an InputError: `what`, the error's first line, and its line.
+
+    An InputError inside stays as it is, behind its place in the data."""
     try:
         yield
-    except InputError:
+    except InputError as error:
+        if place:
+            raise InputError(f"{place}: {error}") from error
         raise
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = f"{type(error).__name__}, {Path(place.filename).name}:{place.lineno}"
+        where = f"{type(error).__name__}, {Path(frame.filename).name}:{frame.lineno}"
         raise InputError(f"{what}: {reason} ({where})") from error
+
+
+def load_function(argument, name):
+    """Load `file.py:function`, whose file may import its neighbors. Raises InputError."""
+    file, _, function = str(name).rpartition(":")
+    with explain(f"{argument}={name} can't be loaded"):
+        sys.path.insert(0, str(Path(file).resolve().parent))
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)  # worker processes find its functions by name
+        spec.loader.exec_module(module)
+        return getattr(module, function)
 
 
 # ----------------------------------------------------------------------------- seeds and ranks
@@ -60,11 +83,13 @@ def set_seed(seed: int):
 
 
 @contextmanager
-def unsharded(model):
+def unsharded(*models):
     """Gather the weights that FSDP 2 has sharded, once, for many forward passes.
 
-    Call on every rank. Ranks may then call the model unequally often, as they do in sampling."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    Call on every rank. Ranks may then call the models unequally often, as they do in sampling.
+    A model that is None is left out."""
+    modules = [module for model in models if model is not None for module in model.modules()]
+    shards = [module for module in modules if isinstance(module, FSDPModule)]
     for module in shards:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -74,6 +99,25 @@ def unsharded(model):
         for module in shards:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
+
+
+@contextmanager
+def tied_weights_once(model):
+    """Let `model.state_dict()` hold a tied weight under its first name only.
+
+    Gathered from shards, its two names would be two tensors, and a file would hold both."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    copies = names - {name for name, _ in model.named_parameters()}
+
+    def remove(module, state_dict, prefix, local_metadata):
+        for name in copies:
+            state_dict.pop(prefix + name, None)
+
+    hook = model.register_state_dict_post_hook(remove)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ----------------------------------------------------------------------------- log-probabilities
@@ -155,9 +199,17 @@ def only_logits_of(model, select):
     layer, so whatever the model does to its logits (scaling, soft-capping) it does to these.
     model: plain, wrapped by accelerate, or with a value head."""
     model = getattr(model, "module", model)
-    head = getattr(model, "pretrained_model", model).get_output_embeddings()
-    # prompt tuning puts virtual tokens before the T of the text
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, -select.shape[1]:][select],))
+    model = getattr(model, "pretrained_model", model)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Embedding):  # FSMT gives its input embeddings
+        head = model.get_decoder().output_projection
+
+    def select_tokens(_, args):
+        hidden_states = args[0].movedim(-2, 1)  # [B, T, ...]; ProphetNet's are [B, streams, T, D]
+        # prompt tuning puts virtual tokens before the T of the text
+        return (hidden_states[:, -select.shape[1]:][select],)
+
+    hook = head.register_forward_pre_hook(select_tokens)
     try:
         yield
     finally:
@@ -173,11 +225,16 @@ def disable_dropout(model):
     Train mode stays, since gradient checkpointing needs it. Some models keep the probability as a
     number of their own (dropout, layerdrop, drop_prob), or read it from their config (Falcon).
     Routers of experts multiply their inputs by random numbers: that goes, too."""
+    copies = {}  # of configs, for layers: the model is saved with its own
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        configs = [x for x in vars(module).values() if isinstance(x, PreTrainedConfig)]
-        for holder in (module, *configs):
+        holders = [module]
+        for key, config in list(vars(module).items()):
+            if isinstance(config, PreTrainedConfig) and not hasattr(module, "save_pretrained"):
+                holders.append(copies.setdefault(id(config), copy.deepcopy(config)))
+                setattr(module, key, holders[-1])
+        for holder in holders:
             for name, value in vars(holder).items():
                 is_noise = "drop" in name or name in JITTER
                 if is_noise and isinstance(value, float):
@@ -185,7 +242,9 @@ def disable_dropout(model):
 
 
 def warn_of_noise(differences, logprobs, allowed):
-    """Warn if log-probabilities that one set of weights gave twice differ: by this fraction."""
+    """Warn if log-probabilities that one set of weights gave twice differ by too much.
+
+    allowed: the largest fraction, mean |difference| / mean |log-probability|."""
     noise = (differences.abs().mean() / logprobs.abs().mean()).item()
     if noise > allowed:
         warnings.warn(f"before the first optimizer step log-probabilities differ by {noise:.1%}: "
@@ -197,7 +256,8 @@ def number_of_positions(model):
     """Return how many tokens a row of this model can have; 10**9 if it has no limit."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+        is_table = name.endswith("position_embeddings")
+        if is_table and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa's first position comes after this one
     return positions
 
@@ -212,7 +272,15 @@ def hub_arguments(kwargs, *others):
 
 
 def load_pretrained(auto_class, name, is_trainable, *args, **kwargs):
-    """Load a plain model, or base model and adapter if `name` is an adapter."""
+    """Load a plain model, or base model and adapter if `name` is an adapter.
+
+    A checkpoint in half precision becomes float32, unless a dtype is given: half precision is too
+    coarse to train in. load_in_8bit and load_in_4bit mean what they meant in transformers 4."""
+    bits = {key: kwargs.pop(key) for key in ("load_in_8bit", "load_in_4bit") if key in kwargs}
+    if any(bits.values()):
+        kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+    if not {"dtype", "torch_dtype", "quantization_config"} & set(kwargs):
+        kwargs["dtype"] = torch.float32
     base, base_kwargs = base_of(name, **kwargs)
     model = auto_class.from_pretrained(base, *args, **base_kwargs)
     if base == name:
@@ -283,8 +351,10 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden_states):
+        hidden_states = self.dropout(hidden_states.float())
+        weight, bias = self.summary.weight.float(), self.summary.bias.float()  # FSDP casts them
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.summary(self.dropout(hidden_states.to(self.summary.weight.dtype)))
+            return F.linear(hidden_states, weight, bias)
 
 
 class PreTrainedModelWrapper(nn.Module):
@@ -317,14 +387,17 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, peft_config=None,
-                        is_trainable=False, reward_adapter=None, summary_dropout_prob=None,
-                        require_v_head=None, **kwargs):
+                        is_trainable=False, reward_adapter=None, reward_adapter_name="reward",
+                        summary_dropout_prob=None, v_head_init_strategy=None,
+                        v_head_initializer_range=0.2, require_v_head=None, **kwargs):
         """Load a model with its value head, or put a new head on a model. Raises ValueError.
 
         pretrained_model_name_or_path: a model object, a hub name or a folder (a plain model, one
             saved by `save_pretrained` here or by TRL 0.7, sharded or not, or a PEFT adapter).
         peft_config: put a fresh adapter on the model. is_trainable: train a loaded adapter further.
         reward_adapter: a sequence classifier's LoRA adapter, for `compute_reward_score`.
+        v_head_init_strategy: "normal": a new head draws its weights with standard deviation
+            v_head_initializer_range; None: it starts at zero.
         require_v_head: True: raise if no head was saved; None: warn; False: expect a new head.
         All other arguments go to the transformers class."""
         model, head = pretrained_model_name_or_path, None
@@ -334,18 +407,20 @@ class PreTrainedModelWrapper(nn.Module):
             model = load_pretrained(auto_class, name, is_trainable, *args, **kwargs)
             head = read_value_head(name, **hub)
             if head is None and require_v_head is not False:
-                missing = f"{name} holds no value head: it starts at zero"
+                missing = f"{name} holds no value head: it gets a new one"
                 if require_v_head:
                     raise ValueError(missing)
                 warnings.warn(missing, stacklevel=2)
         if peft_config is not None:
             model = with_adapter(model, peft_config)
         wrapped = cls(model, summary_dropout_prob)
+        if v_head_init_strategy == "normal":
+            nn.init.normal_(wrapped.v_head.summary.weight, std=v_head_initializer_range)
         if head is not None:
             wrapped.v_head.load_state_dict(head)
         if reward_adapter is not None:
             hub.pop("revision", None)  # it is the model's
-            wrapped._add_reward_adapter(str(reward_adapter), **hub)
+            wrapped._add_reward_adapter(str(reward_adapter), reward_adapter_name, **hub)
         return wrapped
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
@@ -361,6 +436,16 @@ class PreTrainedModelWrapper(nn.Module):
         values = self.v_head(hidden_states[-1]).squeeze(-1).clone()
         return output.logits.float(), output.loss, values
 
+    def get_input_embeddings(self):
+        return self.pretrained_model.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.pretrained_model.get_output_embeddings()
+
+    def tie_weights(self):
+        """Tie the embeddings again, after FSDP has moved the weights."""
+        self.pretrained_model.tie_weights()
+
     def generate(self, *args, **kwargs):
         """Call the language model's own `generate`."""
         return self.pretrained_model.generate(*args, **kwargs)
@@ -369,6 +454,10 @@ class PreTrainedModelWrapper(nn.Module):
         """Recompute activations in the backward pass; non-reentrant, as frozen embeddings need."""
         kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
         self.pretrained_model.gradient_checkpointing_enable(kwargs)
+
+    def gradient_checkpointing_disable(self):
+        """Keep activations for the backward pass again."""
+        self.pretrained_model.gradient_checkpointing_disable()
 
     def keep_module_names(self):
         """From now on name weights as the modules do (`pretrained_model.*`), for FSDP."""
@@ -393,21 +482,18 @@ class PreTrainedModelWrapper(nn.Module):
     def push_to_hub(self, repo_id, commit_message="Upload model with value head", private=None,
                     token=None, **kwargs):
         """Upload what `save_pretrained` writes to the hub's repository `repo_id`."""
-        from huggingface_hub import HfApi
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder,
-                                     commit_message=commit_message)
+            return upload(folder, repo_id, commit_message, private=private, token=token)
 
-    def _add_reward_adapter(self, folder, **hub):
+    def _add_reward_adapter(self, folder, name, **hub):
         if not self.is_peft_model:
             raise ValueError("reward_adapter needs a policy with an adapter of its own "
                              "(peft_config): both share one base model")
         from peft.utils import load_peft_weights
         policy = self.pretrained_model.active_adapter
-        self.pretrained_model.load_adapter(folder, adapter_name="reward", is_trainable=False, **hub)
+        self.rm_adapter_name = name
+        self.pretrained_model.load_adapter(folder, adapter_name=name, is_trainable=False, **hub)
         self.pretrained_model.set_adapter(policy)
         weights = load_peft_weights(folder, device="cpu", **hub)
         weights = [v for k, v in weights.items() if k.endswith("score.weight")]
@@ -423,7 +509,7 @@ class PreTrainedModelWrapper(nn.Module):
         """Compute the reward adapter's scores at every token [B, T, labels].
 
         The score of a row is the one at its last token that is not padding."""
-        with active_adapter(self.pretrained_model, "reward"):
+        with active_adapter(self.pretrained_model, self.rm_adapter_name):
             output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask,
                                            use_cache=False, output_hidden_states=True, **kwargs)
         return self.score(output.hidden_states[-1].to(self.score.weight.dtype))
@@ -437,6 +523,15 @@ class AutoModelForCausalLMWithValueHead(PreTrainedModelWrapper):
 class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWrapper):
     """An encoder-decoder language model (T5, BART, ...) with a value head on the decoder."""
     transformers_parent_class = AutoModelForSeq2SeqLM
+
+
+def upload(folder, repo_id, commit_message, private=None, token=None, **kwargs):
+    """Upload a folder to the hub's repository `repo_id`, which is created if need be."""
+    from huggingface_hub import HfApi
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message,
+                             **kwargs)
 
 
 def _without_prefix(module, state_dict, prefix, local_metadata):

@@ -64,7 +64,6 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
-import chats
 import common
 import machinery
 from common import TOY, InputError, check_finite, explain, set_seed
@@ -411,20 +410,25 @@ class DenoisingPolicy:
     The parts `unet`, `scheduler`, ... come from DDPOStableDiffusionPipeline, in Part 2."""
 
     @torch.no_grad()
-    def __call__(self, prompt_embeds, negative_prompt_embeds=None, num_inference_steps=50,
-                 guidance_scale=5.0, eta=1.0, output_type="pt", guidance_rescale=0.0,
-                 generator=None):
+    def __call__(self, prompt=None, height=None, width=None, num_inference_steps=50,
+                 guidance_scale=7.5, negative_prompt="", eta=0.0, generator=None,
+                 prompt_embeds=None, negative_prompt_embeds=None, output_type="pil",
+                 guidance_rescale=0.0):
         """Sample an image per prompt. Returns a DDPOPipelineOutput.
 
-        prompt_embeds [B, L, D]; negative_prompt_embeds [B, L, D], or None: no guidance.
+        prompt: B texts, or None and prompt_embeds [B, L, D] with negative_prompt_embeds [B, L, D]
+        or None (no guidance). height, width: in pixels; None: the UNet's own.
         guidance_scale <= 1: no guidance. output_type: "pt" (images [B, 3, H, W] in [0, 1]), "np",
         "pil" or "latent"."""
+        if prompt is not None:
+            prompt_embeds = self.encode([prompt] if isinstance(prompt, str) else prompt)
+            negative_prompt_embeds = self.encode([negative_prompt]).expand_as(prompt_embeds)
         embeds = prompt_embeds
         if guidance_scale > 1 and negative_prompt_embeds is not None:
             embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         # step_distribution reads their number, here and in learning
         self.scheduler.set_timesteps(num_inference_steps, device=prompt_embeds.device)
-        latents = self.initial_noise(prompt_embeds, generator)                    # x_T
+        latents = self.initial_noise(prompt_embeds, generator, height, width)     # x_T
         all_latents, log_probs = [latents], []
         for t in self.scheduler.timesteps:
             timestep = t.expand(len(latents))
@@ -517,15 +521,18 @@ class DDPOTrainer(machinery.LoopTrainer):
         #    samples and timesteps of its optimizer step. rho_t is 1 until the epoch's first step;
         #    then the clip keeps the policy near the one that sampled
         self.show_phase("learning")
+        # a reward or hook may have drawn images in another number of steps
+        self.sd_pipeline.scheduler.set_timesteps(
+            config.sample_num_steps, device=self.accelerator.device)
+        self.stepper.zero_grad()  # gradients left by an epoch that raised
         B, T = data["timesteps"].shape
         minibatches = torch.arange(B).split(config.train_batch_size)
-        trained_timesteps = range(int(T * config.train_timestep_fraction))
+        trained_timesteps = range(int(T * config.train_timestep_fraction + 1e-9))  # 100 * 0.29: 29
         train_stats = []
         for inner_epoch in range(config.train_num_inner_epochs):
             data = self.shuffle(data)
             for i in range(0, len(minibatches), config.train_gradient_accumulation_steps):
-                # the minibatches of one optimizer step; k is a column after the shuffle, whose
-                # timestep differs between samples
+                # the minibatches of one optimizer step; column k is another timestep in each sample
                 accumulated = minibatches[i:i + config.train_gradient_accumulation_steps]
                 passes = list(itertools.product(accumulated, trained_timesteps))
                 pass_stats = []
@@ -560,7 +567,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         pipeline, repeats = self.sd_pipeline, self.config.pictures_per_prompt
         samples, prompt_image_pairs, drawn = [], [], []
         for _ in range(iterations * batch_size // repeats):
-            drawn += [self.prompt_function()] * repeats
+            drawn += [self.prompt_fn()] * repeats
         for batch in common.split(drawn, batch_size):
             prompts, metadata = zip(*batch, strict=True)
             output, prompt_embeds = self.sample_images(prompts)
@@ -585,9 +592,10 @@ class DDPOTrainer(machinery.LoopTrainer):
         with self.accelerator.autocast():
             prompt_embeds = self.sd_pipeline.encode(prompts)
             output = self.sd_pipeline(
-                prompt_embeds, self.negative_embed.expand_as(prompt_embeds),
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=self.negative_embed.expand_as(prompt_embeds),
                 num_inference_steps=config.sample_num_steps, guidance_scale=self.guidance_scale,
-                eta=config.sample_eta, generator=generator)
+                eta=config.sample_eta, generator=generator, output_type="pt")
         return output, prompt_embeds
 
     def compute_advantages(self, prompts, rewards):
@@ -688,7 +696,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         machinery.setup_ranks()
         set_seed(config.seed)
         self.config, self.sd_pipeline = config, sd_pipeline
-        self.reward_function, self.prompt_function = reward_function, prompt_function
+        self.reward_fn, self.prompt_fn = reward_function, prompt_function
         self.image_samples_callback = image_samples_hook
         run_name = config.run_name or config.exp_name
         self.output_dir = Path(config.output_dir or Path("runs") / run_name)
@@ -721,7 +729,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         # the weights are made; from here on each rank draws samples of its own
         set_seed(config.seed + 100_003 * self.accelerator.process_index)
         if config.resume_from:
-            self.load_checkpoint(machinery.newest_checkpoint(config.resume_from))
+            self.load_checkpoint(config.resume_from)
 
     def make_accelerator(self):
         """Make the accelerator, and choose the precision of float32 products on GPUs."""
@@ -767,6 +775,8 @@ class DDPOTrainer(machinery.LoopTrainer):
             pipeline.unet.enable_gradient_checkpointing()
         pipeline.unet.train()  # gradient checkpointing needs it; dropout is off
 
+    first_epoch = property(lambda self: self.epoch)  # TRL 0.7's name: where a resumed run begins
+
     def make_optimizer(self):
         """Make AdamW for the weights that train."""
         config, settings = self.config, {"fused": True}
@@ -785,16 +795,18 @@ class DDPOTrainer(machinery.LoopTrainer):
 
         Writes metrics.jsonl, one line per epoch, and a checkpoint every save_freq epochs."""
         last = self.config.num_epochs if epochs is None else epochs
-        log = None
-        if self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        if is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            log = machinery.MetricsFile(self.output_dir / "metrics.jsonl", self.epoch)
-        self.bar = tqdm(total=last, initial=self.epoch, unit="epoch", disable=log is None)
+            machinery.cut_lines(self.output_dir, self.lines)
+        self.lines = {}  # another call continues
+        self.bar = tqdm(total=last, initial=self.epoch, unit="epoch", disable=not is_main)
         with self.bar:
             while self.epoch < last:
                 self.step(self.epoch, self.global_step)
-                if log:
-                    log.write({"update": self.epoch, **self.stats})
+                if is_main:
+                    machinery.append_rows(self.output_dir / "metrics.jsonl",
+                                          [{"update": self.epoch, **self.stats}])
                     self.bar.set_postfix(reward=f"{self.stats['reward_mean']:.3f}", refresh=False)
                     self.bar.update()
                 if self.epoch % self.config.save_freq == 0:
@@ -815,7 +827,7 @@ class DDPOTrainer(machinery.LoopTrainer):
     def score_batch(self, batch):
         """Score a batch. Returns [rewards [b], what the function returned with them]."""
         images, prompts, metadata = batch
-        result = self.reward_function(images, prompts, metadata)
+        result = self.reward_fn(images, prompts, metadata)
         rewards, extra = to_floats(result), {}
         if isinstance(result, tuple) and len(result) == 2:
             first = to_floats(result[0])
@@ -872,11 +884,10 @@ pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
 """)
 
     def save_pretrained(self, save_directory):
-        """Write the LoRA or the pipeline, and a model card. Call on every rank."""
+        """Write the LoRA or the pipeline, and a model card. Call it on the main rank."""
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(save_directory)
             self.create_model_card(save_directory, self.config.exp_name)
-        self.accelerator.wait_for_everyone()
 
     def save_weights(self, models, weights, folder):
         """Save the weights that train; accelerate would save the frozen ones too."""
@@ -891,9 +902,11 @@ pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
     def state_dict(self):
         """Return what a checkpoint holds besides weights, optimizer and random state."""
         recent = {prompt: list(rewards) for prompt, rewards in self.stat_tracker.stats.items()}
-        return {"epoch": self.epoch, "global_step": self.global_step, "rewards": recent}
+        return {**super().state_dict(), "epoch": self.epoch, "global_step": self.global_step,
+                "rewards": recent}
 
     def load_state_dict(self, state):
+        super().load_state_dict(state)
         self.epoch, self.global_step = state["epoch"], state["global_step"]
         self.stat_tracker.stats.clear()
         for prompt, rewards in state["rewards"].items():
@@ -977,11 +990,13 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
         device = self.text_encoder.device
         return self.sd_pipeline.encode_prompt(list(prompts), device, 1, False)[0]
 
-    def initial_noise(self, prompt_embeds, generator):
-        """Draw the latents x_T [B, C, h, w] in float32."""
+    def initial_noise(self, prompt_embeds, generator, height=None, width=None):
+        """Draw the latents x_T [B, C, h, w] in float32. height, width: of the images, in pixels."""
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        height, width = (size, size) if isinstance(size, int) else size
-        return randn_tensor((len(prompt_embeds), channels, height, width), generator,
+        h, w = (size, size) if isinstance(size, int) else size
+        scale = self.sd_pipeline.vae_scale_factor
+        h, w = height // scale if height else h, width // scale if width else w
+        return randn_tensor((len(prompt_embeds), channels, h, w), generator,
                             prompt_embeds.device, torch.float32)
 
     def decode(self, latents, output_type):
@@ -1127,7 +1142,7 @@ def load_image_reward(name):
     if not name.rpartition(":")[0].endswith(".py"):
         raise InputError(f"reward_function={name!r}: choose one of {', '.join(REWARDS)}, or give "
                          "file.py:function")
-    function = chats.load_function("reward_function", name)
+    function = common.load_function("reward_function", name)
 
     def reward(images, prompts, metadata):
         first = f"{len(prompts)} images, the first for {prompts[0]!r}"
@@ -1214,11 +1229,9 @@ def main(config: DDPOConfig):
     """Train a text-to-image model with DDPO against a reward of its images.
 
     Returns the last epoch's statistics."""
-    out = Path(config.output_dir or Path("runs") / (config.run_name or config.exp_name))
-    config.output_dir = str(out)
-    if config.resume_from:
-        config.resume_from = str(machinery.newest_checkpoint(config.resume_from))
-    machinery.writable_folder(out, fresh=not config.resume_from)
+    out, checkpoint = machinery.open_run(config.output_dir, config.resume_from,
+                                         Path("runs") / (config.run_name or config.exp_name))
+    config.output_dir, config.resume_from = str(out), str(checkpoint or "")
     disable_progress_bar()
     rows = load_image_prompts(config.prompts or TOY / "shapes.txt", config.dataset_split,
                               config.dataset_config)
@@ -1246,6 +1259,7 @@ def main(config: DDPOConfig):
     if has_samples:
         show_samples(trainer, rows, "after")
     trainer.save_pretrained(str(out))
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return trainer.stats
 

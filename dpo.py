@@ -2,10 +2,10 @@
 
 Papers: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a
 Reward Model" (arXiv:2305.18290); Mitchell 2023, "A note on DPO with noisy preferences" (cDPO:
-label_smoothing); Zhao et al. 2023, "SLiC-HF: Sequence Likelihood Calibration with Human Feedback"
-(arXiv:2305.10425, hinge); Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning
-from Human Preferences" (arXiv:2310.12036, ipo); Ethayarajh et al. 2023, "Human-Centered Loss
-Functions (HALOs)" (kto, here from pairs).
+label_smoothing); Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization"
+(arXiv:2309.06657, hinge: the loss of SLiC on ratios to the reference); Azar et al. 2023, "A General
+Theoretical Paradigm to Understand Learning from Human Preferences" (arXiv:2310.12036, ipo);
+Ethayarajh et al. 2023, "Human-Centered Loss Functions (HALOs)" (kto, here from pairs).
 
 Each row is a prompt x, an answer y_w that people chose and an answer y_l that they rejected. The
 policy pi starts from a reference pi_ref, which stays frozen, and learns to prefer y_w, without a
@@ -15,35 +15,39 @@ reward model and without sampling:
     L = -log sigmoid(beta h)                                (Rafailov et al. 2023, equation 7)
 
 averaged over the pairs of an optimizer step. The policy's reward of an answer y is
-beta log [pi(y|x) / pi_ref(y|x)]; the metrics rewards/* are these rewards.
+beta log [pi(y|x) / pi_ref(y|x)]; the metrics rewards/* are these rewards (for ipo per token).
 
-Start reading at `DPOTrainer.compute_loss`: transformers.Trainer calls it for each micro-batch, runs
-backward, clips the gradient and steps. Part 1 is the algorithm, Part 2 the machinery around it.
+Start reading at `DPOTrainer.pair_losses`, steps 1 to 4; `compute_loss`, step 5, follows it. Part 1
+is the algorithm, Part 2 the machinery around it.
 
 Differences from the papers: kto's gradient flows through its estimates of the KL, which are means
-over a micro-batch (as in TRL); ipo averages log-probabilities over an answer's tokens.
+over a micro-batch (as in TRL), so give it more than one pair; ipo averages log-probabilities over
+an answer's tokens.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. ipo averages log-probabilities over an answer's tokens (0.7.10 sums them).
   2. Log-probabilities are float32 whatever the model's type. The reference never has dropout.
   3. With LoRA the reference is the adapter as it was loaded, not the bare base model.
-  4. max_prompt_length always holds. BOS is added only if the tokenizer writes one to a text, and
-     nothing to a chat. A truncated answer of an encoder-decoder has no EOS either. Rows with an
-     empty answer or two equal answers are dropped and counted.
+  4. max_prompt_length always holds. A text gets BOS only if the tokenizer writes one; a chat gets
+     no tokens but its template's. A truncated answer has no EOS, an encoder-decoder's neither.
+     Rows with an empty answer or two equal answers are dropped and counted.
   5. precompute_ref_log_probs runs the reference before the first step, over evaluation sets too.
   6. Metrics are means over all pairs and ranks; logits/* are means over answer tokens only.
   7. Every pair of an optimizer step has the same weight, in whatever micro-batch or rank it is.
   8. A large batch runs in groups of similar length: the same numbers with less padding.
+  9. In training, concatenated_forward gets answers_only=True, and get_batch_logps the logits [N, V]
+     of the N answer tokens. Evaluation averages `pair_losses`, not get_batch_loss_metrics.
 
     torchrun dpo.py                                        one process, the toy model
     torchrun --nproc_per_node 8 dpo.py --model-name my/model --dataset pairs.jsonl
 """
 import copy
-import json
 import os
 import random
+import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, Optional
@@ -51,13 +55,17 @@ from typing import Annotated, Literal, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate.utils import fsdp2_prepare_model, send_to_device
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    WandbCallback,
+    is_deepspeed_zero3_enabled,
+)
 
 import chats
 import common
@@ -81,7 +89,7 @@ REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 SIDES = ("chosen", "rejected")
 TRUNCATION_MODES = ("keep_end", "keep_start")
 HELPER_COLUMNS = ("shown_prompt", "length", "is_truncated")  # not for the model
-SPLIT_FROM = 8  # pairs per batch; larger batches run in groups of similar length
+SPLIT_FROM = 8  # pairs per training batch from which on batches run in groups of similar length
 
 
 # =============================================================================
@@ -90,23 +98,24 @@ SPLIT_FROM = 8  # pairs per batch; larger batches run in groups of similar lengt
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
-    """Every field of transformers.TrainingArguments, and the script's own.
+class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
+                machinery.DPOArguments, TrainingArguments):
+    """List the fields of transformers.TrainingArguments and the script's own.
 
     Sizes are per process. The fields whose defaults differ from Trainer's come first."""
 
     output_dir: str = "runs/dpo"
     """Output folder."""
     per_device_train_batch_size: int = 1
-    """Pairs per forward and backward pass, of which kto takes means; of the toy model 32."""
+    """Pairs per forward and backward pass; kto takes means of them. Toy model: 32."""
     per_device_eval_batch_size: int = 1
-    """Pairs per evaluation batch; of the toy model 64."""
+    """Pairs per evaluation batch. Toy model: 64."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 5e-4 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    """AdamW's learning rate. None: 5e-4 x sqrt(1e5 / number of parameters); LoRA: x 10."""
     num_train_epochs: float = 1
-    """Passes over the pairs; of the toy model 8."""
+    """Passes over the pairs. Toy model: 8."""
     logging_steps: float = 1
     """Optimizer steps per line of metrics.jsonl."""
     eval_strategy: str = "epoch"
@@ -132,7 +141,7 @@ class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArgument
     lora_alpha: int = 16
     """LoRA scale is lora_alpha / lora_r."""
     beta: float = 0.1
-    """Strength of the KL penalty; larger stays closer. Of the toy model 3."""
+    """Strength of the KL penalty; larger stays closer to the reference. Toy model: 3."""
     label_smoothing: float = 0.0
     """cDPO: fraction of pairs with wrong labels, 0 to 0.5 (sigmoid only)."""
     loss_type: Literal["sigmoid", "hinge", "ipo", "kto", "kto_pair"] = "sigmoid"
@@ -148,7 +157,7 @@ class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArgument
     truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
     """Which end of a long prompt to keep."""
     precompute_ref_log_probs: bool = False
-    """Run the reference over all pairs once, before the first step: less memory, less time."""
+    """Run the reference over all pairs once, before the first step: less memory."""
     generate_during_eval: bool = False
     """Write answers of policy and reference to samples.jsonl and trackers at evaluations."""
     dataset_num_proc: Optional[int] = None
@@ -169,8 +178,9 @@ class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArgument
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Symbols in shapes: B pairs, T tokens of the longest sequence (prompt and answer), V entries of the
-# vocabulary, N answer tokens of the whole batch.
+# Symbols in shapes: B pairs; R = 2B rows, the chosen answers above the rejected ones; T tokens of
+# the longest sequence (prompt and answer; of an encoder-decoder the answer); V entries of the
+# vocabulary; N answer tokens of the whole batch. chosen is y_w, rejected is y_l.
 class LossTraits(NamedTuple):
     """State how a preference loss reads its inputs."""
     takes_mean: bool             # of the log-probabilities over an answer's tokens, not their sum
@@ -199,7 +209,7 @@ def preference_losses(policy_chosen, policy_rejected, reference_chosen, referenc
         loss_if_right = -F.logsigmoid(beta * h)
         loss_if_wrong = -F.logsigmoid(-beta * h)
         return loss_if_right * (1 - label_smoothing) + loss_if_wrong * label_smoothing
-    if loss_type == "hinge":    # SLiC: max(0, 1 - beta h)
+    if loss_type == "hinge":    # RSO: max(0, 1 - beta h)
         return torch.relu(1 - beta * h)
     if loss_type == "ipo":      # IPO, equation 17, where beta is called tau
         return (h - 1 / (2 * beta)) ** 2
@@ -212,9 +222,9 @@ def preference_losses(policy_chosen, policy_rejected, reference_chosen, referenc
 
 
 def find_answers(labels, label_pad_token_id=-100, is_encoder_decoder=False):
-    """Find the answer tokens of labels [B, T], whose other entries are label_pad_token_id.
+    """Find the answer tokens of labels [R, T], whose other entries are label_pad_token_id.
 
-    Returns where a model predicts them, [B, T] (bool), and the tokens themselves, [N]."""
+    Returns where a model predicts them, [R, T] (bool), and the tokens themselves, [N]."""
     is_answer = labels != label_pad_token_id
     if is_encoder_decoder:
         return is_answer, labels[is_answer]
@@ -224,61 +234,50 @@ def find_answers(labels, label_pad_token_id=-100, is_encoder_decoder=False):
 
 
 def sum_per_row(values, mask, mean=False):
-    """Sum values [N], which stand at the true places of mask [B, T], per row: [B]. mean: average.
-    """
+    """Sum values [N], one per true entry of mask [R, T], over each row: [R]. mean: average."""
     sums = values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)
     return sums / mask.sum(1) if mean else sums
 
 
 # ----------------------------------------------------------------------------- the update
-class DPOTrainer(Trainer):
-    """DPO on transformers.Trainer, which runs the loop over batches, the optimizer and checkpoints:
+class DPOTrainer(machinery.ShardedTrainer, Trainer):
+    """Train with DPO on transformers.Trainer:
 
         DPOTrainer(model, args=DPOConfig(beta=0.1), train_dataset=pairs, tokenizer=t).train()
 
+    Its loop, for each optimizer step:
+
+        for micro_batch in micro_batches:
+            compute_loss(model, micro_batch, num_items_in_batch=pairs).backward()
+        clip the gradient, optimizer.step(), lr_scheduler.step(), optimizer.zero_grad()
+
     Call every method on every rank."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss of a micro-batch: steps 1 to 4 are in `pair_losses`, step 5 is here.
-
-        num_items_in_batch: pairs of the optimizer step, over all micro-batches and ranks."""
-        loss, metrics = self.get_batch_loss_metrics(model, inputs)
-        check_finite(loss, self.state.global_step)
-
-        # 5. The mean over all pairs of the optimizer step. Trainer will divide by the number of
-        #    micro-batches, and DDP by that of ranks: undo both, and divide by the step's pairs
-        pairs = len(inputs["chosen_labels"])
-        if num_items_in_batch is not None:
-            divisor = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            loss = loss * (pairs * divisor / num_items_in_batch)
-        self.add_to_log(metrics, pairs)
-        return (loss, metrics) if return_outputs else loss
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of all micro-batches
 
     def pair_losses(self, model, batch):
         """Compute losses and metrics of the pairs of a batch, [B] each.
 
-        model: the policy. batch: see DPODataCollatorWithPadding."""
+        model: the policy. batch: {chosen, rejected}_{input_ids, attention_mask, labels} [B, T];
+        labels are -100 outside the answer (see DPODataCollatorWithPadding)."""
         # 1. The reference: log-probabilities of chosen and rejected answers, without gradient
         if REFERENCE_COLUMNS[0] in batch:
             reference_logps = [batch[name] for name in REFERENCE_COLUMNS]
         elif self.reference_free:
             reference_logps = [None, None]  # dpo_loss takes zeros
-        elif self.state.global_step and self.ref_model is None and not self.is_peft_model:
-            raise InputError(f"data_collator: its batch lacks {REFERENCE_COLUMNS[0]}, which "
-                             "precompute_ref_log_probs has added; keep the columns *_logps")
         else:
             reference_logps = self.compute_reference_log_probs(batch)
 
         # 2. The policy: the same log-probabilities, of both answers together
-        chosen_logps, rejected_logps, chosen_mean_logits, rejected_mean_logits, aux_loss = (
+        chosen_logps, rejected_logps, chosen_mean_logits, rejected_mean_logits, *aux_loss = (
             self.concatenated_forward(model, batch, answers_only=True))
 
         # 3. The loss of each pair
         losses, chosen_rewards, rejected_rewards = self.dpo_loss(
             chosen_logps, rejected_logps, *reference_logps)
         losses = losses.view(-1, len(chosen_logps)).mean(0)  # kto has two losses per pair
-        if aux_loss is not None:
-            losses = losses + aux_loss
+        if aux_loss:  # of a mixture of experts
+            losses = losses + aux_loss[0]
 
         # 4. The metrics of each pair
         return losses, {
@@ -291,6 +290,21 @@ class DPOTrainer(Trainer):
             "logits/rejected": rejected_mean_logits,
             "logits/chosen": chosen_mean_logits,
         }
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss of a micro-batch: the mean of `pair_losses`, weighted.
+
+        num_items_in_batch: pairs of the optimizer step, over all micro-batches and ranks."""
+        loss, metrics = self.get_batch_loss_metrics(model, inputs)
+        check_finite(loss, self.state.global_step)
+
+        # 5. The mean over all pairs of the optimizer step: Trainer adds up the micro-batches, and
+        #    DDP averages the ranks' gradients
+        pairs = len(inputs["chosen_labels"])
+        if num_items_in_batch is not None:
+            loss = loss * pairs * self.accelerator.num_processes / num_items_in_batch
+        self.add_to_log(metrics, pairs)
+        return (loss, metrics) if return_outputs else loss
 
     def get_batch_loss_metrics(self, model, batch, train_eval="train"):
         """Return the mean loss of a collated batch and its mean metrics.
@@ -308,12 +322,15 @@ class DPOTrainer(Trainer):
 
     @contextmanager
     def reference(self):
-        """Yield the reference in eval mode: its own model, or the policy with its adapter.
+        """Yield the reference in eval mode: ref_model, or the policy with the reference's adapter.
 
-        Of precompute_ref_log_probs it may be the policy itself, before training."""
+        For precompute_ref_log_probs it may be the policy itself, before the first step."""
         if self.ref_model is not None:
             yield self.ref_model
             return
+        if self.state.global_step and not self.is_peft_model:
+            raise InputError(f"data_collator: its batch lacks {REFERENCE_COLUMNS[0]}, which "
+                             "precompute_ref_log_probs has added; keep the columns *_logps")
         policy = self.model_wrapped
         was_training = policy.training
         policy.eval()
@@ -339,9 +356,9 @@ class DPOTrainer(Trainer):
         """Run a model over chosen and rejected answers together, padded on the right.
 
         Returns log-probabilities of chosen and rejected answers [B] (their sums over tokens, or
-        means if the loss takes means), logits of both [B, T, V], and the balancing loss of a
-        mixture of experts or None. answers_only=True (training and evaluation): logits of answer
-        tokens only; their mean per answer [B] replaces them in the result."""
+        means if the loss takes means), logits of both [B, T, V], and of a mixture of experts the
+        balancing loss. answers_only=True (training and evaluation): logits of answer tokens only;
+        their mean per answer [B] replaces them in the result."""
         rows = self.concatenated_inputs(batch, self.is_encoder_decoder, self.label_pad_token_id,
                                         self.padding_value)
         inputs, labels = self.prepare_model_inputs(model, rows)
@@ -349,20 +366,23 @@ class DPOTrainer(Trainer):
             logps, logits, aux_loss = self.forward_by_length(model, inputs, labels)
         else:
             logps, logits, aux_loss = self.forward(model, inputs, labels, answers_only)
-        return *logps.chunk(2), *logits.chunk(2), aux_loss
+        balance = [] if aux_loss is None else [aux_loss]
+        return *logps.chunk(2), *logits.chunk(2), *balance
 
     def forward(self, model, inputs, labels, answers_only):
-        """Run a model over sequences with labels [2B, T]. Returns as `concatenated_forward`."""
+        """Run a model over sequences with labels [R, T].
+
+        Returns log-probabilities [R], logits, and the balancing loss or None."""
         predicts, _ = find_answers(labels, self.label_pad_token_id, self.is_encoder_decoder)
         selection = only_logits_of(model, predicts) if answers_only else nullcontext()
         with selection, self.accelerator.autocast():
             output = model(**inputs, use_cache=False)
-        logits = output.logits                                       # [N, V], or [2B, T, V]
+        logits = output.logits                                       # [N, V], or [R, T, V]
         logps = self.get_batch_logps(logits, labels, LOSSES[self.loss_type].takes_mean,
                                      self.label_pad_token_id, self.is_encoder_decoder)
         if answers_only:
             logits = logits.detach().mean(-1, dtype=torch.float32)   # [N]
-            logits = sum_per_row(logits, predicts, mean=True)        # [2B]
+            logits = sum_per_row(logits, predicts, mean=True)        # [R]
         aux_loss = getattr(output, "aux_loss", None)
         if aux_loss is not None:
             aux_loss = self.model.config.router_aux_loss_coef * aux_loss
@@ -371,7 +391,8 @@ class DPOTrainer(Trainer):
     def forward_by_length(self, model, inputs, labels):
         """Run `forward` on up to four groups of sequences of similar length, shortest first.
 
-        Each is truncated to its longest sequence: of mixed lengths, a third of the work less."""
+        Each group is as wide as its longest sequence: with mixed lengths a third of the work less.
+        """
         lengths = inputs["attention_mask"].sum(1)
         order = lengths.argsort()
         logps, logits = [], []
@@ -390,7 +411,7 @@ class DPOTrainer(Trainer):
         """Put the rejected sequences of a batch below the chosen ones, padded to one width.
 
         Returns {"concatenated_input_ids", "concatenated_attention_mask", "concatenated_labels"},
-        [2B, T] each. Of an encoder-decoder ids and mask are those of the prompts, twice."""
+        [R, T] each. Of an encoder-decoder ids and mask are those of the prompts, twice."""
         fills = {"input_ids": padding_value, "attention_mask": 0, "labels": label_pad_token_id}
         result = {}
         for kind, fill in fills.items():
@@ -404,7 +425,7 @@ class DPOTrainer(Trainer):
         return result
 
     def prepare_model_inputs(self, model, rows):
-        """Return a model's inputs and labels [2B, T] of the rows of concatenated_inputs."""
+        """Return a model's inputs and labels [R, T] of the rows of concatenated_inputs."""
         names = ("input_ids", "attention_mask", "labels")
         ids, mask, labels = (rows[f"concatenated_{name}"] for name in names)
         if self.is_encoder_decoder:
@@ -420,9 +441,9 @@ class DPOTrainer(Trainer):
     @staticmethod
     def get_batch_logps(logits, labels, average_log_prob=False, label_pad_token_id=-100,
                         is_encoder_decoder=False):
-        """Sum (or average) the log-probabilities of each row's answer tokens: [B], in float32.
+        """Sum (or average) the log-probabilities of each row's answer tokens: [R], in float32.
 
-        labels [B, T]: label_pad_token_id where a token is no answer. logits: [B, T, V], or those
+        labels [R, T]: label_pad_token_id where a token is no answer. logits: [R, T, V], or those
         of the N answer tokens only, [N, V]."""
         predicts, answers = find_answers(labels, label_pad_token_id, is_encoder_decoder)
         if logits.dim() == 3:
@@ -464,7 +485,8 @@ class DPOTrainer(Trainer):
         """Prepare the policy, its reference and the rows. Raises InputError (a ValueError).
 
         model: the policy, a language model, a PeftModel, or a name, loaded with model_init_kwargs.
-        model_init: a function that makes the policy. peft_config: puts a fresh adapter on it.
+        model_init: a function that makes the policy. peft_config: puts a fresh adapter on it, after
+            merging the one that it has.
         ref_model: the reference, a model, or a name, loaded with ref_model_init_kwargs. None: a
             frozen copy of the policy as it is now (of its adapter, if it has one).
         model_adapter_name, ref_adapter_name: adapters of a PeftModel: policy and reference.
@@ -480,28 +502,33 @@ class DPOTrainer(Trainer):
         All other arguments are fields of DPOConfig."""
         args = copy.copy(args) if args else TrainingArguments("runs/dpo", report_to="none")
         machinery.prepare_process(args)
+        machinery.check_split(train_dataset)
         settings = machinery.read_settings(
             DPOTrainer, args, beta=beta, label_smoothing=label_smoothing, loss_type=loss_type,
             reference_free=reference_free, max_length=max_length, truncation_mode=truncation_mode,
             max_prompt_length=max_prompt_length, max_target_length=max_target_length,
             precompute_ref_log_probs=precompute_ref_log_probs, share_prompts=share_prompts,
-            generate_during_eval=generate_during_eval, dataset_num_proc=dataset_num_proc)
+            generate_during_eval=generate_during_eval, dataset_num_proc=dataset_num_proc,
+            model_init_kwargs=model_init_kwargs, ref_model_init_kwargs=ref_model_init_kwargs,
+            model_adapter_name=model_adapter_name, ref_adapter_name=ref_adapter_name,
+            disable_dropout=disable_dropout, is_encoder_decoder=is_encoder_decoder,
+            label_pad_token_id=label_pad_token_id, padding_value=padding_value)
         check_settings(SimpleNamespace(**settings))
         vars(self).update(settings)
+        model_init_kwargs = self.model_init_kwargs
+        ref_model_init_kwargs = self.ref_model_init_kwargs
         if ref_model is None and getattr(args, "ref_model_name", None):
             ref_model = args.ref_model_name
             ref_model_init_kwargs = {**machinery.loading_arguments(args), "revision": None}
-        self.starts_at_reference = (ref_model is None and ref_adapter_name is None
+        self.starts_at_reference = (ref_model is None and self.ref_adapter_name is None
                                     and not self.reference_free)
         tokenizer = tokenizer if tokenizer is not None else processing_class
         check_arguments(
             args, self, model=model, model_init=model_init, model_init_kwargs=model_init_kwargs,
             ref_model=ref_model, ref_model_init_kwargs=ref_model_init_kwargs, tokenizer=tokenizer,
-            ref_adapter_name=ref_adapter_name, data_collator=data_collator,
-            peft_config=peft_config or getattr(args, "lora_r", 0) or None)
-        self.tokenizer, self.label_pad_token_id = tokenizer, label_pad_token_id
-        self.peft_config, self.disable_dropout = peft_config, disable_dropout
-        self.model_adapter_name, self.ref_adapter_name = model_adapter_name, ref_adapter_name
+            ref_adapter_name=self.ref_adapter_name, data_collator=data_collator)
+        self.tokenizer = tokenizer
+        self.peft_config = peft_config
         self.keep_columns = not args.remove_unused_columns
         args.remove_unused_columns = False  # Trainer would drop the tokens
         if eval_dataset is None and isinstance(args, DPOConfig):
@@ -511,8 +538,8 @@ class DPOTrainer(Trainer):
         self.metric_sums, self.eval_metrics = {}, []
 
         set_seed(args.seed)  # before weights are drawn that a loaded model lacks
-        policy = load_model(model, is_encoder_decoder, model_init_kwargs)
-        self.ref_model = load_model(ref_model, is_encoder_decoder, ref_model_init_kwargs)
+        policy = load_model(model, self.is_encoder_decoder, model_init_kwargs)
+        self.ref_model = load_model(ref_model, self.is_encoder_decoder, ref_model_init_kwargs)
         if policy is not None:
             policy = self.prepare_policy(policy, args)
         super().__init__(
@@ -520,24 +547,22 @@ class DPOTrainer(Trainer):
             train_dataset=train_dataset, eval_dataset=eval_dataset, model_init=model_init,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
-        self.loss_is_scaled_for_ga = False  # compute_loss returns a mean
-        self.is_encoder_decoder = is_encoder_decoder
-        if is_encoder_decoder is None:
+        if self.is_encoder_decoder is None:
             self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
         # a mixture of experts is balanced over all rows at once; all ranks split or none does
         balances_experts = getattr(self.model.config, "output_router_logits", False)
         self.splits_batches = (args.per_device_train_batch_size >= SPLIT_FROM
                                and not self.is_encoder_decoder and not balances_experts)
         self.limit_lengths()
-        self.padding_value = padding_value or tokenizer.pad_token_id or 0
+        self.padding_value = self.padding_value or tokenizer.pad_token_id or 0
         if data_collator is None:
             self.data_collator = DPODataCollatorWithPadding(
-                self.padding_value, label_pad_token_id, self.is_encoder_decoder)
+                self.padding_value, self.label_pad_token_id, self.is_encoder_decoder)
         self.prepare_reference()
         with args.main_process_first(desc="tokenizing"):
-            self.train_dataset = machinery.map_sets(self.tokenize, train_dataset, "train_dataset")
+            self.train_dataset = self.tokenize(train_dataset, "train_dataset")
             self.eval_dataset = machinery.map_sets(self.tokenize, eval_dataset, "eval_dataset")
-        self.train_dataset = machinery.map_sets(self.with_reference, self.train_dataset)
+        self.train_dataset = self.with_reference(self.train_dataset)
         self.eval_dataset = machinery.map_sets(self.with_reference, self.eval_dataset)
 
     # ------------------------------------------------------------------ models
@@ -549,6 +574,12 @@ class DPOTrainer(Trainer):
         """Put the adapter on, set the learning rate, turn dropout off. Returns the policy."""
         lora = machinery.lora_config(args, model.config.is_encoder_decoder)
         peft_config = copy.deepcopy(self.peft_config or lora)
+        if peft_config is not None and hasattr(model, "peft_config"):
+            with explain("peft_config: the model's own adapter can't be merged; leave it out"):
+                model = model.merge_and_unload()
+            warnings.warn("peft_config: the model's own adapter is merged into its weights. The "
+                          "fresh one, which alone is saved, fits only the merged model: save "
+                          "model.merge_and_unload() yourself, and give that", stacklevel=3)
         model = machinery.prepare_training(model, peft_config, args.seed)
         if args.learning_rate is None:
             args.learning_rate = machinery.scale_learning_rate(5e-4, model)
@@ -588,18 +619,15 @@ class DPOTrainer(Trainer):
         """Copy the policy if no other reference is given, and bring the reference in place."""
         has_other = self.is_peft_model or self.reference_free or self.precompute_ref_log_probs
         if self.ref_model is None and not has_other:
+            if is_deepspeed_zero3_enabled():
+                raise InputError("ref_model=None: under ZeRO-3 a model can't be copied; give "
+                                 "--ref-model-name, a LoRA (--lora-r), or ZeRO-2")
             self.ref_model = create_reference_model(self.model)
         if self.ref_model is None:
             return
         if self.disable_dropout:
             common.disable_dropout(self.ref_model)
-        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
-            # in shards like the policy; accelerator.prepare would ask for an optimizer
-            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
-        else:
-            self.ref_model = self.accelerator.prepare_model(
-                self.ref_model, evaluation_mode=not self.is_fsdp_enabled)
-        self.ref_model.eval()
+        self.ref_model = machinery.prepare_reference(self.accelerator, self.ref_model)
 
     # ------------------------------------------------------------------ rows
     def limit_lengths(self):
@@ -641,43 +669,47 @@ class DPOTrainer(Trainer):
             raise InputError(f"{name} has the columns {columns} and lacks {', '.join(missing)}; "
                              "rename its columns to prompt, chosen and rejected")
         unused = [column for column in columns if column not in REFERENCE_COLUMNS]
+        tokenize_row = partial(tokenize_pair, **self.tokenize_settings())
+        options = machinery.map_options(self.args, dataset, self.dataset_num_proc)
+        if any(getattr(type(self), name) is not getattr(DPOTrainer, name)
+               for name in ("tokenize_row", "build_tokenized_answer")):
+            # a subclass tokenizes: in this process, since a trainer can't be pickled or hashed
+            tokenize_row, options = self.tokenize_row, {"new_fingerprint": uuid.uuid4().hex}
         rows = dataset.map(prepare_row, with_indices=True,
                            remove_columns=[] if self.keep_columns else unused,
-                           fn_kwargs=self.tokenize_settings(),
-                           **machinery.map_options(self.args, dataset, self.dataset_num_proc))
+                           fn_kwargs={"tokenize_row": tokenize_row, "tokenizer": self.tokenizer,
+                                      "label_pad_token_id": self.label_pad_token_id}, **options)
         faults, truncated = rows["fault"][:], rows["is_truncated"][:]
         empty, equal = faults.count("empty"), faults.count("equal")
+        machinery.report_rows(name, "dropped", empty + equal, len(faults), faults,
+                              f"{empty} with an empty prompt or answer, {equal} with two equal "
+                              "answers")
         if empty or equal:
-            first = next(i for i, fault in enumerate(faults) if fault)
-            warnings.warn(f"{name}: dropped {empty + equal} of {len(faults)} rows, row {first} the "
-                          f"first, {empty} with an empty prompt or answer and {equal} with two "
-                          "equal answers", stacklevel=4)
             rows = rows.select([i for i, fault in enumerate(faults) if not fault])
-        if any(truncated):
-            limit = "max_target_length" if self.is_encoder_decoder else "max_length"
-            warnings.warn(f"{name}: truncated {sum(truncated)} of {len(faults)} rows, row "
-                          f"{truncated.index(True)} the first, to {limit}={getattr(self, limit)} "
-                          f"and max_prompt_length={self.max_prompt_length}; a truncated answer has "
-                          "no end token", stacklevel=4)
+        limit = "max_target_length" if self.is_encoder_decoder else "max_length"
+        machinery.report_rows(name, "truncated", sum(truncated), len(faults), truncated,
+                              f"longer than {limit}={getattr(self, limit)} and max_prompt_length="
+                              f"{self.max_prompt_length} allow; a truncated answer has no end "
+                              "token")
         if len(rows) == 0:
             raise InputError(f"{name} has no rows to learn from")
         return rows.remove_columns(["fault", "is_truncated"])
 
     def build_tokenized_answer(self, prompt, answer):
-        """Tokenize a prompt and its answer as one text, without BOS and EOS, and split the ids.
+        """Tokenize a prompt and its answer as one text, without BOS and EOS: see tokenize_answer.
 
-        Returns {"prompt_input_ids", "prompt_attention_mask", "input_ids", "attention_mask"}. For
-        many tokenizers, Llama's among them, enc(prompt) + enc(answer) is not enc(prompt + answer):
-        the answer's first word is tokenized differently if it stands alone."""
-        ids, (answer_ids,) = split_tokens(prompt, [answer], self.tokenizer)
-        return {"prompt_input_ids": ids, "prompt_attention_mask": [1] * len(ids),
-                "input_ids": answer_ids, "attention_mask": [1] * len(answer_ids)}
+        For many tokenizers, Llama's among them, enc(prompt) + enc(answer) is not
+        enc(prompt + answer): the answer's first word is tokenized differently if it stands alone.
+        A subclass that replaces this method, or tokenize_row, changes the rows that are trained on.
+        """
+        return tokenize_answer(prompt, answer, self.tokenizer)
 
     def tokenize_row(self, feature, model=None):
         """Tokenize a row: see tokenize_pair.
 
         model: an encoder-decoder, to add {chosen,rejected}_decoder_input_ids."""
-        tokens = tokenize_pair(feature, **self.tokenize_settings())
+        tokens = tokenize_pair(feature, build=self.build_tokenized_answer,
+                               **self.tokenize_settings())
         if model is not None and self.is_encoder_decoder:
             for name in ("chosen", "rejected"):
                 labels = torch.tensor([tokens[f"{name}_labels"]])
@@ -751,14 +783,15 @@ class DPOTrainer(Trainer):
             rewards, logps = (torch.stack([metrics[f"{kind}/{side}"] for side in SIDES])
                               for kind in ("rewards", "logps"))
             common.warn_of_noise(rewards / self.beta, logps, allowed=0.002)  # means hide much
-        metrics = {**metrics, "pairs": torch.ones_like(metrics["rewards/chosen"])}
+        metrics = {**metrics, "pairs": 1}
         for name, mean in metrics.items():
             self.metric_sums[name] = self.metric_sums.get(name, 0) + mean * pairs
 
     def log(self, logs, start_time=None):
         """Log as Trainer does, and add the metrics' means over all pairs since the last log."""
         if "loss" in logs and self.metric_sums:
-            sums = self.accelerator.reduce(torch.stack([*self.metric_sums.values()]), "sum")
+            sums = [float(total) for total in self.metric_sums.values()]
+            sums = self.accelerator.reduce(torch.tensor(sums, device=self.args.device), "sum")
             sums = dict(zip(self.metric_sums, sums.tolist(), strict=True))
             pairs = sums.pop("pairs")
             logs = {**logs, **{name: total / pairs for name, total in sums.items()}}
@@ -803,7 +836,8 @@ class DPOTrainer(Trainer):
             pairs = sum(len(micro_batch["chosen_labels"]) for micro_batch in batches)
             return batches, self.accelerator.reduce(torch.tensor(float(pairs), device=device))
         prompts, is_encoder_decoder = batch["prompt_input_ids"], self.is_encoder_decoder
-        return tuple(chats.join_texts(self.tokenizer, prompts, answers, is_encoder_decoder)
+        return tuple([chats.join_text(self.tokenizer, *pair, is_encoder_decoder)
+                      for pair in zip(prompts, answers, strict=True)]
                      for answers in self.sample_both(model, batch))
 
     def add_input_names(self, batch):
@@ -830,7 +864,7 @@ class DPOTrainer(Trainer):
         first, max_new_tokens = ids.shape[1], max(self.max_length - ids.shape[1], 1)
         if self.is_encoder_decoder:
             first, max_new_tokens = 1, self.max_target_length
-        model = self.accelerator.unwrap_model(model)
+        model = self.accelerator.unwrap_model(model).eval()  # the next training step undoes this
         end_ids = chats.end_token_ids(self.tokenizer, model.generation_config.eos_token_id)
         with unsharded(model), self.accelerator.autocast():
             output = model.generate(
@@ -866,15 +900,13 @@ class DPOTrainer(Trainer):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 text = "\n\n".join(" | ".join(row) for row in [columns, *table])
                 callback.tb_writer.add_text("game_log", text, step)
-        with Path(self.args.output_dir, "samples.jsonl").open("a") as file:
-            for row in table:
-                row = dict(zip(columns, row, strict=True))
-                file.write(json.dumps({"update": step, **row}) + "\n")
+        rows = [{"update": step, **dict(zip(columns, row, strict=True))} for row in table]
+        machinery.append_rows(Path(self.args.output_dir, "samples.jsonl"), rows)
 
 
 # ----------------------------------------------------------------------------- checks
 def check_settings(settings):
-    """Check what stands in a DPOConfig and in the constructor. Raises InputError."""
+    """Check the settings that DPOConfig and the constructor share. Raises InputError."""
     if settings.share_prompts is not None:
         raise InputError(f"share_prompts={settings.share_prompts}: this option is gone, each "
                          "answer runs with its prompt; omit it")
@@ -886,7 +918,7 @@ def check_settings(settings):
 
 
 def check_arguments(args, settings, *, model, model_init, model_init_kwargs, ref_model,
-                    ref_model_init_kwargs, ref_adapter_name, peft_config, tokenizer, data_collator):
+                    ref_model_init_kwargs, ref_adapter_name, tokenizer, data_collator):
     """Check arguments of the constructor against each other. Raises InputError."""
     with_reference = ref_model is not None or ref_adapter_name is not None
     wrong = {
@@ -905,9 +937,6 @@ def check_arguments(args, settings, *, model, model_init, model_init_kwargs, ref
             ref_model_init_kwargs is not None and not isinstance(ref_model, str),
         "ref_model: it is the model itself and would be trained; omit it, and the model is copied":
             ref_model is not None and ref_model is model and not isinstance(model, str),
-        "ref_model: peft_config (or lora_r) is given, too, and the reference is then the model "
-        "before training; give one or the other":
-            ref_model is not None and peft_config is not None,
         "ref_adapter_name: ref_model is given, too; give one or the other":
             ref_model is not None and ref_adapter_name is not None,
         "reference_free=True: ref_model or ref_adapter_name is given, too, and would not be used; "
@@ -977,18 +1006,26 @@ def render_row(row, tokenizer):
     return prompt, chosen, rejected
 
 
-def split_tokens(prompt, answers, tokenizer):
-    """Tokenize each prompt + answer as one text, and split it where the prompt's tokens end.
+def tokenize_answer(prompt, answer, tokenizer):
+    """Tokenize a prompt and its answer as one text, and split the ids where the prompt's end.
 
-    A token that spans the boundary belongs to the answer, and then all answers begin there.
+    A token that spans the boundary belongs to the answer. Returns {"prompt_input_ids",
+    "prompt_attention_mask", "input_ids", "attention_mask"}."""
+    prompt_ids, ids = (tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                       for text in (prompt, prompt + answer))
+    end = len(os.path.commonprefix([prompt_ids, ids]))
+    return {"prompt_input_ids": ids[:end], "prompt_attention_mask": [1] * end,
+            "input_ids": ids[end:], "attention_mask": [1] * (len(ids) - end)}
+
+
+def split_tokens(prompt, answers, tokenize_answer):
+    """Tokenize a prompt with each of its answers. All answers begin where the first of them does.
+
     Returns the prompt's token ids, and a list of the answers'."""
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    prompt_ids = encode(prompt)
-    both = [encode(prompt + answer) for answer in answers]
-    end = len(os.path.commonprefix([prompt_ids, *both]))
-    return prompt_ids[:end], [ids[end:] for ids in both]
+    parts = [tokenize_answer(prompt, answer) for answer in answers]
+    end = min(len(part["prompt_input_ids"]) for part in parts)
+    both = [part["prompt_input_ids"] + part["input_ids"] for part in parts]
+    return both[0][:end], [ids[end:] for ids in both]
 
 
 def truncate_prompt(ids, length, mode, bos_token_id):
@@ -1000,7 +1037,8 @@ def truncate_prompt(ids, length, mode, bos_token_id):
 
 
 def tokenize_pair(row, tokenizer, is_encoder_decoder=False, max_length=512, max_prompt_length=None,
-                  max_target_length=128, truncation_mode="keep_end", label_pad_token_id=-100):
+                  max_target_length=128, truncation_mode="keep_end", label_pad_token_id=-100,
+                  build=None):
     """Tokenize {"prompt", "chosen", "rejected"}. Returns lists of ints. Raises InputError.
 
     They are {chosen,rejected}_{input_ids,attention_mask,labels} and prompt_{input_ids,
@@ -1020,7 +1058,8 @@ def tokenize_pair(row, tokenizer, is_encoder_decoder=False, max_length=512, max_
         answers = [tokenizer(answer, **settings).input_ids for answer in answers]
         room = max_target_length
     else:
-        full_prompt, answers = split_tokens(prompt, answers, tokenizer)
+        build = build or partial(tokenize_answer, tokenizer=tokenizer)
+        full_prompt, answers = split_tokens(prompt, answers, build)
         if is_text and full_prompt[:1] != [bos] and tokenizer("").input_ids[:1] == [bos]:
             full_prompt = [bos] + full_prompt
         if is_text and eos is not None:
@@ -1043,17 +1082,14 @@ def tokenize_pair(row, tokenizer, is_encoder_decoder=False, max_length=512, max_
     return tokens
 
 
-def prepare_row(row, number, tokenizer, **settings):
+def prepare_row(row, number, tokenize_row, tokenizer, label_pad_token_id):
     """Tokenize a row. Returns its tokens, the helper columns, and its fault: empty, equal or ""."""
-    with explain(f"row {number} can't be tokenized"):
-        try:
-            tokens = tokenize_pair(row, tokenizer, **settings)
-        except InputError as error:
-            raise InputError(f"row {number}: {error}") from error
+    with explain(f"row {number} can't be tokenized", place=f"row {number}"):
+        tokens = {"is_truncated": False, **tokenize_row(row)}
         tokens["shown_prompt"] = text_to_show(split_row(row)[0])
     labels = [tokens["chosen_labels"], tokens["rejected_labels"]]
     tokens["length"] = sum(map(len, labels))
-    answers = [[token for token in ids if token != settings["label_pad_token_id"]]
+    answers = [[token for token in ids if token != label_pad_token_id]
                for ids in labels]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     tokens["fault"] = "equal" if labels[0] == labels[1] else ""
@@ -1123,8 +1159,8 @@ def main(config: DPOConfig):
                          tokenizer=tokenizer, callbacks=[machinery.Journal(out)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
-    is_waiting = trainer.model.device.type != config.device.type  # on the CPU, to be sharded
-    if not checkpoint and not is_waiting:
+    will_be_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not checkpoint and not will_be_sharded:
         show_samples(trainer, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out is not None:

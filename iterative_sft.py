@@ -17,9 +17,10 @@ gradient flows through the reward, so any Python function will do. There is no v
 reference model.
 
 Start reading at `train_round`, then `IterativeSFTTrainer.step`, whose inner loop changes the
-weights, then `compute_loss`. Part 2 is machinery. `step` is line 4 alone, for your own loop.
+weights, then `compute_loss`. Part 2 is machinery. To write your own loop, call `step`, which is
+line 4 alone. A round is one call of `step`, an epoch to Trainer, of several optimizer steps.
 
-Difference from the paper: each round makes one pass over its own responses; none are kept.
+Difference from the paper: each round makes one pass over the responses that it keeps.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. `labels` and `texts_labels` are used as given, and default to the inputs. `max_length`
      truncates the tokens of each row, not the rows of the batch.
@@ -42,6 +43,7 @@ import math
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import align_special_tokens, speed_metrics
 
 import chats
@@ -78,7 +81,8 @@ IGNORE = -100  # the label of a token that is not trained on
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
+class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
+                         TrainingArguments):
     """Extend TrainingArguments: first its fields that have other defaults here, then our own.
 
     Sizes are per process."""
@@ -86,13 +90,13 @@ class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, Trainin
     output_dir: Optional[str] = "runs/iterative_sft"
     """Output folder."""
     learning_rate: float = 1e-5
-    """AdamW's learning rate; of the toy model and, in the script, of a LoRA 1e-4."""
+    """AdamW's learning rate. Toy model and, in the script, LoRA: 1e-4."""
     per_device_train_batch_size: int = 8
-    """Rows per forward and backward pass; of the toy model 32."""
+    """Rows per forward and backward pass. Toy model: 32."""
     per_device_eval_batch_size: int = 2
-    """Rows per evaluation pass; of the toy model 8."""
+    """Rows per evaluation pass. Toy model: 8."""
     num_train_epochs: float = 20
-    """Rounds of sampling and fine-tuning, unless max_steps ends them; of the toy model 80."""
+    """Rounds of sampling and fine-tuning, unless max_steps ends them. Toy model: 80."""
     lr_scheduler_type: str = "constant"
     """Learning rate schedule."""
     logging_steps: float = 1
@@ -132,13 +136,13 @@ class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, Trainin
     num_best: int = 1
     """Responses per prompt to train on: those with the highest scores."""
     max_new_tokens: int = 128
-    """Maximum length of a response, in tokens; of the toy model 24."""
+    """Maximum length of a response, in tokens. Toy model: 24."""
     max_query_length: Optional[int] = None
     """Truncate prompts to this many tokens. None: no truncation."""
     temperature: float = 1.0
     """Temperature of sampling; higher gives more different responses to choose from."""
     generation_batch_size: int = 64
-    """Responses per batch in sampling; of the toy model 256."""
+    """Responses per batch in sampling. Toy model: 256."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights; the script loads LoRA's base model in bfloat16."""
 
@@ -168,7 +172,8 @@ class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, Trainin
 def train_round(trainer, reward, prompts):
     """Run one round of best-of-n fine-tuning. Returns its statistics over all ranks.
 
-    reward: of `load_reward`. prompts: rows of `load_prompts`."""
+    reward: the function that `load_reward` returns. prompts: what `load_prompts` returns, of which
+    P rows are drawn."""
     config = trainer.args
     # a call of `step` is an epoch: this many rounds are finished
     finished_rounds = int(trainer.state.epoch)
@@ -184,8 +189,7 @@ def train_round(trainer, reward, prompts):
     # 2. Score them, [P, n]
     scores = score_responses(trainer, reward, prompts, responses)
 
-    # 3. Keep the k best of each prompt, [P, k]. A penalty, such as one on the length, is subtracted
-    # here, in the argument of best_of: the logged scores stay the reward's
+    # 3. Keep the k best of each prompt, [P, k]; for a penalty on length write best_of(scores - ...)
     best = best_of(scores, config.num_best)
     metrics = score_metrics(trainer, scores, best)
 
@@ -226,7 +230,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
+class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Trainer):
     """transformers.Trainer without a dataset: call `step` with rows, as often as you like.
 
         trainer = IterativeSFTTrainer(model, TrainingArguments("out", max_steps=1000), tokenizer)
@@ -246,11 +250,13 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         the tokenizer adds none). texts_labels default to texts.
         metrics: numbers to log at the end of this call, such as the mean score.
 
-        An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps rows,
-        the last one what is left. Each rank gives the same number of rows. Returns, over all ranks,
-        {"loss": mean over the tokens trained on (nats), "tokens": their number, "optimizer_steps",
-        and of the last optimizer step "grad_norm" (before clipping) and "learning_rate"}.
-        Raises InputError before any weight moves."""
+        An optimizer step takes per_device_train_batch_size x gradient_accumulation_steps rows, the
+        last one those that remain. Each rank gives the same number of rows.
+        Returns, over all ranks, {"loss": mean over the tokens trained on (nats), "tokens": their
+        number, "optimizer_steps", and of the last optimizer step "grad_norm" (before clipping) and
+        "learning_rate"}.
+        Raises InputError for bad rows, before any weight moves, and for a loss that is not finite,
+        before its optimizer step."""
         args = self.args
         accelerator = self.accelerator
         model = self.model_wrapped
@@ -269,6 +275,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         first_epoch = self.state.epoch
         batches_done = 0
         losses, tokens = [], []  # of each optimizer step
+        self.optimizer.zero_grad()  # gradients left by a call that raised
         for micro_batches in steps:
             self.call_back("on_step_begin")
             model.train()
@@ -289,24 +296,23 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
                 if not is_last:
                     self.call_back("on_substep_end")
 
-            # 4c. Clip the gradient, step the optimizer and the schedule
-            # None or 0: no clipping; the norm is logged all the same
+            # 4c. Clip the gradient, then step the optimizer and the schedule
+            # without max_grad_norm the norm is only measured
             max_norm = args.max_grad_norm or math.inf
             grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), max_norm))
             learning_rate = self.optimizer.param_groups[0]["lr"]
             self.call_back("on_pre_optimizer_step")
             self.optimizer.step()
             self.call_back("on_optimizer_step")
-            # fp16 skips a step that overflows; a metric-driven schedule steps in
-            # evaluate_and_compare
+            # the schedule does not step if fp16 skipped this step, or if it waits for an evaluation
             if not accelerator.optimizer_step_was_skipped and not self.schedule_waits:
                 self.lr_scheduler.step()
             self.optimizer.zero_grad()
             if self.optimize_device_cache:
                 clear_device_cache(garbage_collection=True)
 
-            # 4d. Count the step, and ask the callbacks what is due
-            # a rank's step_loss is its sum over tokens times the number of ranks: hence the mean
+            # 4d. Count the step, and ask the callbacks whether to log, evaluate, save or stop
+            # step_loss is this rank's part times the number of ranks; the mean undoes that
             losses.append(accelerator.reduce(step_loss, "mean").item())
             tokens.append(step_tokens.item())
             batches_done += len(micro_batches)
@@ -334,7 +340,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         """Compute the loss of one micro-batch (step 4b).
 
         inputs: input_ids, attention_mask and labels, each [B, T].
-        num_items_in_batch: labels of the whole optimizer step, on all ranks. None: those of inputs.
+        num_items_in_batch: number of targets in the whole optimizer step, on all ranks. None: that
+            of inputs.
         return_outputs: also return the model's outputs, with all logits [B, T, V].
         Raises InputError if the loss is not finite."""
         inputs = dict(inputs)
@@ -348,12 +355,15 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             inputs["decoder_input_ids"] = (
                 language_model.prepare_decoder_input_ids_from_labels(labels))
 
-        # forward pass: logits [N, V] of the N positions that have a label
-        with nullcontext() if return_outputs else only_logits_of(language_model, loss_mask):
+        # forward pass: logits [N, V] of the N positions that have a target
+        selection = nullcontext() if return_outputs else only_logits_of(language_model, loss_mask)
+        with selection:
             outputs = model(**inputs)
-        logits = outputs.logits[loss_mask] if return_outputs else outputs.logits
+        logits = outputs.logits
+        if return_outputs:
+            logits = logits[loss_mask]
 
-        # negative log-likelihood of each label [N]; eval_loss is the mean of these
+        # negative log-likelihood of each target [N]; eval_loss is the mean of these
         nll = cross_entropy(logits, targets[loss_mask], self.args.label_smoothing_factor)
         if not model.training:
             self.add_to_evaluation(nll, loss_mask)
@@ -374,7 +384,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def targets_of(self, labels):
-        """Return what each position predicts [B, T]; an encoder-decoder's decoder: its labels."""
+        """Return what each position predicts [B, T]: the next label, or a decoder's own label."""
         return labels if self.seq2seq else next_tokens(labels)
 
     # =========================================================================
@@ -384,14 +394,15 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
     def __init__(self, model=None, args=None, tokenizer=None, optimizers=(None, None),
                  data_collator=None, eval_dataset=None, max_length=None,
                  truncation_mode="keep_end", preprocess_logits_for_metrics=None,
-                 compute_metrics=None, optimize_device_cache=False, callbacks=None):
+                 compute_metrics=None, optimize_device_cache=False, callbacks=None,
+                 processing_class=None):
         """Prepare model, optimizer and schedule. Raises InputError for parts that do not fit.
 
         model: a causal or an encoder-decoder language model, or a PeftModel of one.
         args: TrainingArguments, or an IterativeSFTConfig, whose fields for the trainer are read.
             max_steps: optimizer steps after which the schedule ends and `step` is refused. Without
             it neither ends, and the learning rate stays where its warmup leaves it.
-        tokenizer: the model's; needed for texts, and saved with the model.
+        tokenizer (or processing_class): the model's; needed for texts, saved with the model.
         optimizers: (optimizer, schedule). None: made from args.
         data_collator: turns rows {"input_ids", "attention_mask", "labels"} into a batch. None:
             `collate`. Of a DataCollatorForLanguageModeling only the padding is used, since its
@@ -422,7 +433,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
                              f"{shortest} or more")
         lora = machinery.lora_config(args, self.seq2seq)
         model = machinery.prepare_training(model, lora, args.seed)
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = tokenizer or processing_class
         self.text_tokenizer = copy.deepcopy(tokenizer)
         if tokenizer is not None:  # the copy truncates, the caller's keeps its own side
             is_left = self.truncation_mode == "keep_end"
@@ -472,6 +483,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         self.use_state(self.state)
         # losses of optimizer steps: the sum of all, and those since the last line of the log
         self.losses = {"sum": 0.0, "not_logged": []}
+        self.own_checkpoints = []
         self.is_in_train = True
         self.has_started = False
         self.has_finished = False
@@ -663,9 +675,14 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
         if state.best_global_step == state.global_step:
             path = Path(args.output_dir, f"checkpoint-{state.global_step}")
             state.best_model_checkpoint = str(path)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
         with machinery.new_checkpoint(self.accelerator, args.output_dir, state.global_step,
-                                      args.save_total_limit, state.best_model_checkpoint) as folder:
-            weights = self.accelerator.get_state_dict(self.model_wrapped)
+                                      self.own_checkpoints, args.save_total_limit,
+                                      state.best_model_checkpoint) as folder:
+            with common.tied_weights_once(self.model):
+                weights = self.accelerator.get_state_dict(self.model_wrapped)
             self.accelerator.save_state(str(folder))
             if self.is_world_process_zero():
                 model = self.accelerator.unwrap_model(self.model_wrapped)
@@ -681,7 +698,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, Trainer):
 
         Call before the first `step`. Restores weights, optimizer, schedule, random numbers and
         counters."""
-        path = machinery.trainer_checkpoint(path)
+        path = machinery.newest_checkpoint(path)
+        self.own_checkpoints = machinery.checkpoints_up_to(path)
         with explain(f"checkpoint {path} can't be loaded; give an older one, or start again"):
             state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
             self.losses = json.loads(Path(path, "losses.json").read_text())
@@ -734,7 +752,7 @@ def check_columns(columns):
     for other, rows in columns.items():
         if other not in (name, *partners):
             raise InputError(f"{other} does not go with {name}: leave it out")
-        if not isinstance(rows, (list, tuple)):
+        if isinstance(rows, str) or not isinstance(rows, Sequence):  # a datasets.Column is one
             raise InputError(f"{other} is a {type(rows).__name__}: give a list, one entry per row")
         if len(rows) != len(columns[name]):
             raise InputError(f"{other}: {name} has {len(columns[name])} entries, {other} has "
@@ -838,7 +856,6 @@ def main(config: IterativeSFTConfig):
 
     Returns the last round's statistics."""
     out, checkpoint = machinery.start_run(config)
-    has_card = (out / "README.md").exists()  # the model card is written last
     tokenizer, model = machinery.load_language_model(
         config.model_name or str(TOY / "model"), **machinery.loading_arguments(config))
     machinery.use_few_threads(model)
@@ -860,11 +877,7 @@ def main(config: IterativeSFTConfig):
                                trust_remote_code=config.trust_remote_code)
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
-        has_ended = trainer.state.global_step >= config.max_steps
-        if has_ended and has_card:
-            raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
-                             "--num-train-epochs or --max-steps to continue")
-        if not has_ended and trainer.state.epoch % 1:
+        if trainer.state.global_step < config.max_steps and trainer.state.epoch % 1:
             raise InputError(f"resume_from_checkpoint={checkpoint}: it was written within a round, "
                              "whose responses are gone; give another one")
     else:
@@ -882,8 +895,9 @@ def main(config: IterativeSFTConfig):
     if trainer.is_world_process_zero():
         sources = {"prompts": config.query_dataset or "toy/prompts.jsonl",
                    "reward": config.reward_model or "toy/reward"}
+        newest = {name: value for row in trainer.state.log_history for name, value in row.items()}
         machinery.write_model_card(out, "A language model fine-tuned on its own best responses",
-                                   config, sources, stats)
+                                   config, sources, newest)
     return stats
 
 

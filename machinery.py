@@ -4,9 +4,9 @@
     run, check_ranges, ...                   the command line: flags in, one clear sentence out
     load_rows, load_prompts                  data: a file, a folder or a hub name
     load_language_model, prepare_training    models and adapters to train
-    writable_folder, MetricsFile, ...        the output folder and its files
+    open_run, new_checkpoint, ...            the output folder, its checkpoints and files
     start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
-    RetiredArguments, replace_retired        fields of transformers 4's TrainingArguments
+    RetiredArguments, SFTArguments, ...      fields of transformers 4, and of later TRL's configs
     LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
 
 To follow a run of a file on Trainer: run, start_run, load_language_model,
@@ -15,6 +15,7 @@ load_train_and_eval_rows, then in the constructor read_settings and prepare_trai
 import argparse
 import copy
 import ctypes
+import errno
 import inspect
 import json
 import math
@@ -23,18 +24,21 @@ import re
 import shutil
 import sys
 import tempfile
+import time
+import traceback
 import warnings
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional, get_args, get_origin
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, fsdp2_prepare_model
 from safetensors import safe_open
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -44,6 +48,8 @@ from transformers import (
     AutoTokenizer,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ExportableState
 
 from chats import is_chat, prompt_ids, question_of, text_to_show
 from common import (
@@ -56,6 +62,8 @@ from common import (
     load_pretrained,
     number_of_positions,
     set_seed,
+    tied_weights_once,
+    upload,
     with_adapter,
 )
 
@@ -82,12 +90,51 @@ def setup_ranks():
 def prepare_process(args):
     """Check the devices of a Trainer's process. Raises InputError for several GPUs in one process.
 
-    Trainer would split each batch among threads, which the algorithms here do not support."""
+    Trainer would split each batch among threads, which the algorithms here do not support.
+    report_to=None means no tracker here too; Trainer would look for one of the name None."""
+    if args.report_to == [None]:
+        args.report_to = []
     if args.n_gpu > 1:
         raise InputError(f"this process sees {args.n_gpu} GPUs: start one process per GPU with "
                          f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
     if not torch.cuda.is_available():
         keep_freed_memory()
+
+
+def prepare_shards(accelerator):
+    """Set FSDP's precision: gradients are summed in float32. Raises InputError for FSDP 1.
+
+    Weights are gathered in the type of mixed precision; outputs keep the type they have."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not accelerator.is_fsdp2:
+        raise InputError("fsdp_version=1 (accelerate's or Trainer's configuration): only FSDP 2 is "
+                         'supported; set FSDP_VERSION=2, or "version": 2 in fsdp_config')
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy,
+                                                reduce_dtype=torch.float32, output_dtype=None)
+
+
+def prepare_reference(accelerator, model):
+    """Freeze a model and move it to the device: in shards if the policy is in shards.
+
+    Both then compute in the same precision."""
+    model = model.requires_grad_(False).eval()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+        config = {"train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it, and does not use it
+                  "bf16": {"enabled": accelerator.mixed_precision == "bf16"},
+                  # lower stages shard no weight
+                  "zero_optimization": {"stage": 3 if is_deepspeed_zero3_enabled() else 0}}
+        model = deepspeed.initialize(model=model, config=config)[0]
+        model.eval()  # an engine's own method returns nothing
+        return model
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return model.to(accelerator.device)
+    model = fsdp2_prepare_model(accelerator, model)  # accelerator.prepare asks for an optimizer
+    register_fsdp_forward_method(model, "generate")
+    return model
 
 
 def keep_freed_memory():
@@ -108,7 +155,8 @@ def run(main, config_class, toy="", own="", lora=""):
     toy, own, lora: flags that hold unless the user gives others, for the toy model, for all other
     models, and for a LoRA of one.
     An InputError ends the process with its one sentence and status 1; any other error keeps its
-    traceback. torchrun stops the other ranks as soon as one has failed."""
+    traceback. torchrun stops the other ranks as soon as one has failed, and
+    prints its message last."""
     import datasets
     import transformers
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
@@ -127,13 +175,33 @@ def run(main, config_class, toy="", own="", lora=""):
                       args=words)
     try:
         record(main)(config)
-    except InputError as error:
+    except Exception as error:
+        if is_full(config.output_dir, error):
+            error = InputError(f"output_dir={config.output_dir}: the disk is full; free some "
+                               "space, then resume from the last checkpoint there")
+        if not isinstance(error, InputError):
+            leave_group(traceback.format_exc())
+            raise
         sentence = f"{Path(sys.argv[0]).name}: error: {error}"
         get_error_handler().record_exception(InputError(sentence))  # torchrun prints it last
+        leave_group(sentence)
         sys.exit(sentence)
     # only after success: while another rank waits in a collective, this call could wait for it
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave_group(message):
+    """Print a message and end this process at once, if it is one of several ranks.
+
+    A usual exit frees nccl's communicator, which may wait for ranks that wait for this one."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        print(message, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # as this rank ends, others fail too: torchrun finds the first failure by whole seconds
+        time.sleep(1.1)
+        os._exit(1)
 
 
 def default_flags(words, toy, own, lora):
@@ -279,6 +347,15 @@ def map_options(args, rows, num_proc):
     return {"num_proc": num_proc, "load_from_cache_file": args.local_process_index > 0}
 
 
+def report_rows(name, what, count, total, flags, why):
+    """Print how many rows of a dataset were truncated or dropped, and why, on the main rank.
+
+    what: "truncated" or "dropped". flags: of each row, whether it was; for the first number."""
+    if count:
+        first = next(i for i, flag in enumerate(flags) if flag)
+        print_once(f"{name}: {what} {count} of {total} rows, row {first} the first: {why}")
+
+
 PROMPT_COLUMNS = ("query", "prompt", "messages", "text", "input_ids")
 
 
@@ -419,7 +496,7 @@ def load_language_model(name, **kwargs):
 def load_model(name, is_encoder_decoder=None, **kwargs):
     """Load a language model, or an adapter on one, which trains further.
 
-    is_encoder_decoder: if None, as its configuration says."""
+    is_encoder_decoder: if None, as its configuration says. kwargs: see load_pretrained."""
     if is_encoder_decoder is None:
         is_encoder_decoder = load_config(name, **kwargs).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
@@ -463,11 +540,15 @@ def lora_config(config, is_encoder_decoder=False):
 
 
 def prepare_training(model, peft_config=None, seed=None):
-    """Prepare a model for training, with a fresh adapter if peft_config is given.
+    """Prepare a model for training, with a fresh adapter if peft_config is given and it has none.
 
-    Freezes what text does not reach. A head that is trained next to a frozen base becomes float32.
-    Raises InputError if nothing would train."""
-    if peft_config is not None:
+    Freezes what text does not reach, makes the path of the adapter's base absolute, computes a head
+    that is trained next to a frozen base in float32, and warns of half precision. seed: of the
+    adapter's weights. Raises InputError if nothing would train."""
+    if peft_config is not None and hasattr(model, "peft_config"):
+        warnings.warn("peft_config (or lora_r) has no effect: the model has an adapter already, "
+                      "which trains further", stacklevel=4)
+    elif peft_config is not None:
         model = with_adapter(model, peft_config, seed)
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     freeze_beyond_text(plain)
@@ -479,9 +560,11 @@ def prepare_training(model, peft_config=None, seed=None):
         backbone = set(plain.base_model.parameters())
         for module in plain.modules():
             own = set(module.parameters(recurse=False))
-            is_trained = all(p.requires_grad and p.dtype != torch.float32 for p in own)
-            if own and is_trained and not own & backbone:
-                module.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+            is_half = all(p.requires_grad and p.dtype != torch.float32 for p in own)
+            if own and is_half and not own & backbone:  # a head that trains in half precision
+                module.float()
+                module.register_forward_pre_hook(  # FSDP may gather it in bfloat16
+                    lambda head, args: (args[0].to(head.weight.dtype),))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model: none of its parameters requires a gradient, so nothing would "
                          "train; load an adapter with is_trainable=True")
@@ -493,31 +576,53 @@ def scale_learning_rate(rate, model):
     """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
 
     An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
-    rate *= math.sqrt(1e5 / sum(p.numel() for p in model.parameters()))
+    rate *= math.sqrt(1e5 / number_of_weights(model))
     rate *= 10 if hasattr(model, "peft_config") else 1
     print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
     return rate
 
 
+def number_of_weights(model):
+    """Count a model's weights; under ZeRO-3 a parameter itself is empty, and ds_numel its size."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
 def use_few_threads(model):
     """Use one thread for a model below a million weights: splitting its products takes longer."""
-    if sum(p.numel() for p in model.parameters()) < 10**6:
+    if number_of_weights(model) < 10**6:
         torch.set_num_threads(1)
 
 
 def warn_of_half_precision(model):
     """Warn if weights that are trained are in half precision."""
-    kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad} - {"float32"}
+    kinds = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
     for kind in kinds:
-        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below their "
+        kind = str(kind).removeprefix("torch.")
+        warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below its "
                       "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
 
 
 # ----------------------------------------------------------------------------- output files
-def writable_folder(path, fresh):
-    """Create the output folder and check that it is writable. Raises InputError.
+def open_run(output_dir, resume_from, default):
+    """Return the output folder, and the checkpoint to resume from or None. Raises InputError.
 
-    A fresh run refuses a folder that holds the checkpoints of another run."""
+    resume_from: a checkpoint, or a run's folder: its newest whole checkpoint. output_dir: None: the
+    folder of the checkpoint, of a fresh run `default`."""
+    checkpoint = newest_checkpoint(resume_from) if resume_from else None
+    out = Path(output_dir or (checkpoint.parent if checkpoint else default))
+    is_same = checkpoint is not None and checkpoint.parent.resolve() == out.resolve()
+    newest = [folder.name for folder in checkpoints(out)[-1:]]
+    if is_same and Path(resume_from).name == checkpoint.name not in newest:
+        raise InputError(f"resume from {checkpoint}: {out} holds the newer {', '.join(newest)}; "
+                         "remove it, or give another --output-dir")
+    writable_folder(out, fresh=not is_same)
+    return out, checkpoint
+
+
+def writable_folder(path, fresh):
+    """Create the output folder, and check that it is writable. Raises InputError.
+
+    A fresh run, or one resumed from elsewhere, refuses a folder with checkpoints of another run."""
     path = Path(path)
     with explain(f"output_dir {path} can't be written"):
         path.mkdir(parents=True, exist_ok=True)
@@ -527,7 +632,18 @@ def writable_folder(path, fresh):
         raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, "
                          "choose another --output-dir, or remove it")
     if fresh and os.environ.get("RANK", "0") == "0":
-        (path / "samples.jsonl").unlink(missing_ok=True)  # runs append to it
+        for name in ("metrics.jsonl", "samples.jsonl"):  # runs append to them
+            (path / name).unlink(missing_ok=True)
+
+
+def is_full(folder, error):
+    """Return True if the disk of a folder is full: a library's error may not say so."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+    except OSError as own_error:
+        error = own_error
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def checkpoints(path):
@@ -536,50 +652,64 @@ def checkpoints(path):
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
-def newest_checkpoint(path, last_file=""):
-    """Return `path` if it is a checkpoint-<n>, else the largest n in it. Raises InputError.
+def checkpoints_up_to(path):
+    """List the checkpoints of the run that is resumed from `path`, oldest first."""
+    path = Path(path).resolve()
+    found = checkpoints(path.parent)
+    return found[:found.index(path) + 1] if path in found else []
 
-    last_file: the file that is written last, without which a checkpoint is incomplete."""
+
+def newest_checkpoint(path):
+    """Return `path` if it is a checkpoint-<n>, else the newest whole one in it. Raises InputError.
+
+    A kill while Trainer saves leaves half a checkpoint."""
     path = Path(path)
     if path.name.startswith("checkpoint-") and path.is_dir():
+        check_checkpoint(path)
         return path
-    found = [folder for folder in checkpoints(path) if (folder / last_file).exists()]
-    if not found:
-        raise InputError(f"resume from {path}: no checkpoint-<n> there; give a checkpoint or the "
-                         "output folder of a run")
-    return found[-1]
+    for folder in reversed(checkpoints(path)):
+        try:
+            check_checkpoint(folder)
+            return folder
+        except InputError as error:
+            warnings.warn(f"resume from {path}: passed over {folder.name}: {error}", stacklevel=3)
+    raise InputError(f"resume from {path}: no whole checkpoint-<n> there; start again with another "
+                     "--output-dir, or give the output folder of another run")
 
 
-def trainer_checkpoint(path):
-    """Return the newest complete checkpoint of a Trainer's run. Raises InputError.
+# what a checkpoint holds: files of Trainer and of accelerate
+PARTS = {"weights": ("*.safetensors", "pytorch_model*"), "optimizer": ("*optimizer*",),
+         "schedule": ("scheduler*", "custom_checkpoint*"),
+         "random numbers": ("rng_state*", "random_states*"),
+         "state": ("trainer_state.json", "custom_checkpoint*")}
 
-    Opens every file, so that a damaged checkpoint fails here and not in mid-training."""
-    checkpoint = newest_checkpoint(path, "trainer_state.json")
-    with explain(f"checkpoint {checkpoint} is damaged; resume from the one before"):
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        parts = {"weights": ["*model*"], "optimizer": ["*optimizer*"],
-                 "schedule": ["scheduler*", "custom_checkpoint*"]}  # Trainer's, accelerate's
-        for part, names in parts.items():
-            files = [file for name in names for file in checkpoint.glob(name)]
-            if not files and not (checkpoint / "latest").exists():  # DeepSpeed has its own folders
+
+def check_checkpoint(folder):
+    """Open every file of a checkpoint, so that damage shows now. Raises InputError."""
+    with explain(f"checkpoint {folder} is damaged; give the folder of its run, whose "
+                 "newest whole checkpoint counts"):
+        for part, names in PARTS.items():
+            has_part = any(file for name in names for file in folder.rglob(name))
+            if not has_part and not (folder / "latest").exists():  # DeepSpeed has its own folders
                 raise FileNotFoundError(f"it holds no {part}")
-        for file in checkpoint.iterdir():
+        for file in folder.rglob("*"):
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").keys()
-            elif file.name == "training_args.bin":
-                continue
-            elif file.suffix in (".pt", ".pth", ".bin", ".pkl"):
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix in (".pt", ".pth", ".bin", ".pkl") and file.stem != "training_args":
                 zipfile.ZipFile(file).close()
-    return str(checkpoint)
 
 
 @contextmanager
-def new_checkpoint(accelerator, folder, number, keep=None, best=None):
+def new_checkpoint(accelerator, folder, number, own, keep=None, best=None):
     """Yield a folder to write to, which becomes folder/checkpoint-<number>. Call on every rank.
 
     It is renamed when it is complete: a run that is killed meanwhile has the one before. Then the
-    oldest are removed, except `keep` of them (None: all) and the one whose path is `best`."""
-    final, aside = Path(folder, f"checkpoint-{number}"), Path(folder, "checkpoint.tmp")
+    oldest are removed, except `keep` of them (None: all) and the one whose path is `best`.
+    own: list of the run's checkpoints, to which it is added; no other is removed."""
+    folder = Path(folder).resolve()
+    final, aside = folder / f"checkpoint-{number}", folder / "checkpoint.tmp"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -589,30 +719,52 @@ def new_checkpoint(accelerator, folder, number, keep=None, best=None):
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        # never a newer one, which another run may have left here
-        older = [path for path in checkpoints(folder) if int(path.name[11:]) < number]
-        too_many = 0 if keep is None else max(len(older) + 1 - keep, 0)
-        for old in older[:too_many]:
+        own[:] = [path for path in own if path.parent == folder and path != final] + [final]
+        for old in own[:-keep] if keep else []:
             if best is None or old.name != Path(best).name:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
-class MetricsFile:
-    """metrics.jsonl, one line per update. A resumed run drops the lines after its checkpoint."""
+def append_rows(path, rows):
+    """Append rows to a .jsonl file."""
+    with Path(path).open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def __init__(self, path, current_step):
-        lines = path.read_text().splitlines() if path.exists() and current_step else []
-        complete = [line for line in lines if line.endswith("}")]
-        kept = [line for line in complete if json.loads(line)["update"] <= current_step]
-        aside = path.with_suffix(".tmp")  # a kill while this file is rewritten loses nothing
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
-        self.path = path
 
-    def write(self, row):
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def count_lines(folder):
+    """Return {name: lines} of metrics.jsonl and samples.jsonl; a checkpoint holds it."""
+    paths = [Path(folder, name) for name in ("metrics.jsonl", "samples.jsonl")]
+    return {path.name: path.read_bytes().count(b"\n") if path.exists() else 0 for path in paths}
+
+
+def cut_lines(folder, lines):
+    """Cut files back to `lines` {name: lines}: a resumed run writes again what followed."""
+    for name, kept in lines.items():
+        path = Path(folder, name)
+        if path.exists():
+            written = path.read_bytes().splitlines(keepends=True)
+            os.truncate(path, sum(map(len, written[:kept])))
+
+
+# what the order of the data depends on, in the six configs
+ORDER = ("world_size", "seed", "batch_size", "per_device_train_batch_size",
+         "gradient_accumulation_steps", "prompts_per_round", "sample_batch_size",
+         "sample_num_batches_per_epoch", "dataset", "dataset_split", "query_dataset", "prompts")
+
+
+def data_order(config, **more):
+    """Return {name: value} of what the order of the data depends on; a checkpoint holds it."""
+    values = {name: getattr(config, name) for name in ORDER if hasattr(config, name)}
+    return {name: str(value) for name, value in {**values, **more}.items()}
+
+
+def warn_of_other_order(saved, now):
+    """Warn if a resumed run does not see the data in the order of the run that was killed."""
+    for name, value in now.items():
+        if saved.get(name, value) != value:
+            warnings.warn(f"{name}={value}: it was {saved[name]} up to the checkpoint, so the "
+                          "numbers differ from an uninterrupted run's", stacklevel=3)
 
 
 def log_samples(folder, title, rows):
@@ -621,12 +773,11 @@ def log_samples(folder, title, rows):
     rows: dicts of numbers (printed first) and texts (later lines indented), such as {"update": 0,
     "query": "the plot was", "response": " bland.", "score": -2.9}."""
     tqdm.write(f"\n{title}")
-    with Path(folder, "samples.jsonl").open("a") as file:
-        for row in rows:
-            numbers = [f"{value:+6.2f}  " for value in row.values() if isinstance(value, float)]
-            texts = [value for value in row.values() if isinstance(value, str)]
-            tqdm.write("  " + "".join(numbers) + " |".join(texts).replace("\n", "\n      "))
-            file.write(json.dumps(row) + "\n")
+    for row in rows:
+        numbers = [f"{value:+6.2f}  " for value in row.values() if isinstance(value, float)]
+        texts = [value for value in row.values() if isinstance(value, str)]
+        tqdm.write("  " + "".join(numbers) + " |".join(texts).replace("\n", "\n      "))
+    append_rows(Path(folder, "samples.jsonl"), rows)
 
 
 def write_model_card(folder, what, config, data, metrics):
@@ -636,7 +787,7 @@ def write_model_card(folder, what, config, data, metrics):
     sources = {"model": config.model_name or "toy", **data}
     sources = ", ".join(f"{kind} `{name}`" for kind, name in sources.items())
     timing = ("runtime", "per_second", "step")
-    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items()
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())
                       if isinstance(value, (int, float)) and not name.endswith(timing))
     Path(folder, "README.md").write_text(f"""---
 library_name: transformers
@@ -668,6 +819,9 @@ class TrainerFlags:
     """Number of checkpoints to keep. None: all."""
 
     def __post_init__(self):
+        replace_retired(self)
+        if self.report_to is None:
+            self.report_to = "none"
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # Trainer computes in bfloat16 on a CPU only if told so
         # the name in transformers 5; Trainer warns about the old one
@@ -682,20 +836,20 @@ def start_run(config):
     """Check the output folder and the checkpoint to resume from, and seed all random numbers.
 
     Returns the folder, and the checkpoint or None. Raises InputError."""
-    checkpoint = None
-    if config.resume_from_checkpoint:
-        checkpoint = trainer_checkpoint(config.resume_from_checkpoint)
+    default = type(config).__dataclass_fields__["output_dir"].default
+    given = None if config.output_dir == default else config.output_dir
+    out, checkpoint = open_run(given, config.resume_from_checkpoint, default)
+    config.output_dir = str(out)
+    if checkpoint:
         state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
         is_over = state["epoch"] >= config.num_train_epochs
         if config.max_steps > 0:
             is_over = state["global_step"] >= config.max_steps
-        # the model card is written last; Trainer would take an update too many
-        if is_over and Path(config.output_dir, "README.md").exists():
-            raise InputError(f"resume_from_checkpoint={checkpoint}: its run has ended; raise "
-                             "--num-train-epochs or --max-steps to continue")
-    writable_folder(config.output_dir, fresh=not checkpoint)
+        if is_over:
+            # only the end of the run is left; within an epoch Trainer would take one more update
+            config.max_steps, config.num_train_epochs = -1, int(state["epoch"])
     set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
-    return Path(config.output_dir), checkpoint
+    return out, checkpoint and str(checkpoint)
 
 
 def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
@@ -738,6 +892,13 @@ def map_sets(function, datasets, *args):
     return function(datasets, *args)
 
 
+def check_split(train_dataset):
+    """Raise InputError for a dict of splits, which `load_dataset(name)` returns."""
+    if isinstance(train_dataset, dict):
+        raise InputError(f"train_dataset={type(train_dataset).__name__} of the splits "
+                         f"{', '.join(train_dataset)}: training takes one; give rows['train']")
+
+
 def read_stream(rows):
     """Read a stream into a list; anything else stays as it is.
 
@@ -746,6 +907,19 @@ def read_stream(rows):
     from datasets import IterableDataset
     is_stream = isinstance(rows, (IterableDataset, torch.utils.data.IterableDataset))
     return list(rows) if is_stream else rows
+
+
+class ShardedTrainer:
+    """Shard weights by FSDP 2, and save tied ones once (a Trainer's mixin)."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        prepare_shards(self.accelerator)
+
+    def save_model(self, *args, **kwargs):
+        """Write the model as Trainer does. Call on every rank."""
+        with tied_weights_once(self.model):
+            super().save_model(*args, **kwargs)
 
 
 class TokenMeanEvaluation:
@@ -782,21 +956,32 @@ class TokenMeanEvaluation:
         return output
 
 
-class Journal(TrainerCallback):
+class Journal(TrainerCallback, ExportableState):
     """Write a Trainer's metrics to metrics.jsonl and show a progress bar, on the main rank.
 
-    Each line is {"update": optimizer steps so far, "loss": ..., ...}.
+    Each line is {"update": optimizer steps so far, "loss": ..., ...}. A checkpoint holds `state()`,
+    so that a resumed run writes each line once, with the numbers of an uninterrupted run.
     phases: what the bar says between and within epochs, such as ("sampling", "learning")."""
 
     def __init__(self, folder, phases=("", "")):
-        self.path, self.file = Path(folder) / "metrics.jsonl", None
-        self.phases = phases
+        self.folder, self.phases = folder, phases
+        self.order, self.save_later = {}, False
+
+    def state(self):
+        arguments = {"folder": str(self.folder), "phases": self.phases}
+        return {"args": arguments,
+                "attributes": {"lines": count_lines(self.folder), "order": self.order}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
-        self.file = MetricsFile(self.path, state.global_step) if main else None
-        if main and state.global_step:  # samples too, since they will be drawn again
-            MetricsFile(self.path.with_name("samples.jsonl"), state.global_step)
+        self.order = data_order(args)
+        lines = {"metrics.jsonl": 0}
+        if state.global_step and "Journal" in state.stateful_callbacks:
+            saved = state.stateful_callbacks["Journal"]["attributes"]
+            lines = saved["lines"]
+            warn_of_other_order(saved["order"], self.order)
+        if main:
+            cut_lines(self.folder, lines)
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
                         desc=self.phases[0] or None, disable=not main or args.disable_tqdm)
 
@@ -805,15 +990,21 @@ class Journal(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.bar.set_description(self.phases[0])
+        control.should_save |= self.save_later
+        self.save_later = False
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
-        if state.global_step >= state.max_steps:  # a run shorter than logging_steps has a loss too
-            control.should_log = True
+        is_over = state.global_step >= state.max_steps  # a short run has a loss, too
+        control.should_log |= is_over or control.should_save  # a line's mean ends at a checkpoint
+        if is_over or (state.epoch or 0) % 1 == 0:  # save after the evaluation of the epoch
+            self.save_later, control.should_save = control.should_save, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.file:
-            self.file.write({"update": state.global_step, **logs})
+        if "train_loss" in logs:  # Trainer's own begins where the run was resumed
+            logs["train_loss"] = mean_loss(state.log_history)
+        if state.is_world_process_zero:
+            append_rows(Path(self.folder, "metrics.jsonl"), [{"update": state.global_step, **logs}])
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
 
@@ -826,6 +1017,16 @@ class Journal(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+def mean_loss(log_history):
+    """Return the mean over all steps of a log, whose lines hold means of the steps in between."""
+    total, last = 0.0, 0
+    for row in log_history:
+        if "loss" in row:
+            total += row["loss"] * (row["step"] - last)
+            last = row["step"]
+    return total / max(last, 1)
 
 
 def last_evaluation(trainer):
@@ -877,9 +1078,27 @@ REMOVED = {
     "ray_scope": (str, "last", "set the environment variable RAY_SCOPE"),
 }
 RETIRED = {**RENAMED, **REMOVED}
-RetiredArguments = make_dataclass("RetiredArguments", [
-    (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
-    for name, (kind, default, _) in RETIRED.items()])
+
+
+def hidden_fields(**fields):
+    """Make a base class for configs of fields {name: (type, default)} that --help does not list."""
+    return make_dataclass("HiddenFields", [
+        (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
+        for name, (kind, default) in fields.items()])
+
+
+RetiredArguments = hidden_fields(**{
+    name: (kind, default) for name, (kind, default, _) in RETIRED.items()})
+# Arguments of the trainers that TRL 0.9 and later has in its configs: see read_settings.
+SFTArguments = hidden_fields(
+    max_length=(Optional[int], None), dataset_kwargs=(Optional[dict], None),
+    model_init_kwargs=(Optional[dict], None), dataset_batch_size=(Optional[int], 1000),
+    num_of_sequences=(int, 1024), chars_per_token=(float, 3.6))
+DPOArguments = hidden_fields(
+    model_init_kwargs=(Optional[dict], None), ref_model_init_kwargs=(Optional[dict], None),
+    model_adapter_name=(Optional[str], None), ref_adapter_name=(Optional[str], None),
+    disable_dropout=(bool, True), is_encoder_decoder=(Optional[bool], None),
+    label_pad_token_id=(int, -100), padding_value=(int, 0))
 
 
 def replace_retired(config):
@@ -912,11 +1131,12 @@ def replace_retired(config):
 class LoopTrainer:
     """Ranks, trackers and checkpoints of a trainer that owns its loop (PPOTrainer, DDPOTrainer).
 
-    A subclass has a `config` and an `optimizer`, and defines `state_dict` and `load_state_dict`
-    for what a checkpoint holds besides weights, optimizer and random numbers."""
+    A subclass has a `config`, an `output_dir` and an `optimizer`, and adds to `state_dict` and
+    `load_state_dict` what a checkpoint holds besides weights, optimizer and random numbers."""
 
     keep_checkpoints = 1
     lr_scheduler = None
+    lines = {"metrics.jsonl": 0}  # what a run begins with of the lines in its folder
 
     def start_accelerator(self, project, **settings):
         """Make the accelerator from `project`, arguments of ProjectConfiguration, and settings.
@@ -929,6 +1149,7 @@ class LoopTrainer:
         project.automatic_checkpoint_naming = False  # save_checkpoint names them
         settings = {"log_with": config.log_with, "project_config": project, **settings}
         self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
+        self.own_checkpoints = []
         if self.accelerator.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps (accelerator_kwargs or accelerate's "
                              "configuration): leave it out; set the config's own field")
@@ -966,21 +1187,48 @@ class LoopTrainer:
                 rows = [" | ".join([f"{reward:.2f}", *map(str, row)]) for *row, reward in table]
                 tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
 
+    def data_order(self):
+        return data_order(self.config, world_size=self.accelerator.num_processes)
+
+    def state_dict(self):
+        """Return what a resumed run is compared with, and cuts its files back to."""
+        return {"lines": count_lines(self.output_dir), "order": self.data_order()}
+
+    def load_state_dict(self, state):
+        self.lines, self.saved_order = state["lines"], state["order"]
+        warn_of_other_order(self.saved_order, self.data_order())
+
+    def push_to_hub(self, repo_id, commit_message="Upload model", **kwargs):
+        """Upload what `save_pretrained` writes to the hub's `repo_id`. kwargs: private, token, ...
+
+        Call it on the main rank; with FSDP, on every rank."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if self.accelerator.is_main_process:
+                upload(folder, repo_id, commit_message, **kwargs)
+
+    def _save_pretrained(self, save_directory):
+        """Call `save_pretrained`: scripts written for TRL 0.7 use both names."""
+        self.save_pretrained(save_directory)
+
     def save_checkpoint(self, folder, number):
         """Write folder/checkpoint-<number> and remove the oldest ones. Call on every rank."""
-        with new_checkpoint(self.accelerator, folder, number, self.keep_checkpoints) as aside:
+        with new_checkpoint(self.accelerator, folder, number, self.own_checkpoints,
+                            self.keep_checkpoints) as aside:
             self.accelerator.save_state(str(aside), safe_serialization=False)
 
     def load_checkpoint(self, path):
         """Restore weights, optimizer, random state and `state_dict` of a checkpoint.
 
-        The learning rate stays the config's, unless a scheduler sets it."""
+        The learning rate stays the config's, unless a scheduler sets it. Raises InputError."""
+        path = newest_checkpoint(path)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        with explain(f"checkpoint {path} is damaged; resume from another"):
-            # accelerate goes on without the random numbers that it can't read
+        with explain(f"checkpoint {path} can't be loaded; resume with the flags of its run"):
+            self.accelerator.load_state(str(path), strict=False)  # without what is frozen
             rank = self.accelerator.process_index
-            zipfile.ZipFile(Path(path, f"random_states_{rank}.pkl")).close()
-            self.accelerator.load_state(str(path))
+            if rank < int(self.saved_order["world_size"]):  # accelerate goes on without it
+                zipfile.ZipFile(path / f"random_states_{rank}.pkl").close()
+        self.own_checkpoints = checkpoints_up_to(path)
         if self.lr_scheduler is None:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

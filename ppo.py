@@ -11,26 +11,30 @@ al., equation 2, written per token)
 
     R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last token] r(x, y)
 
-where pi_old is the policy that sampled and pi_ref the initial one. GAE compares these rewards with
-the value head's predictions V_t: it gives the advantages A_t and return_t = A_t + V_t. With A_t
-whitened over the batch, the policy takes a few epochs of minibatch steps on the clipped surrogate
-(Schulman et al. 2017, equations 7 and 9), averaged over tokens:
+where pi_old is the policy that sampled, pi_ref the initial one, and [.] is 1 if true, else 0. GAE
+compares these rewards with V_old,t, the value head's predictions before the update. It gives the
+advantages A_t and return_t = A_t + V_old,t. With A_t whitened over the batch, the policy takes a
+few epochs of minibatch steps on the clipped surrogate (Schulman et al. 2017, equations 7 and 9).
+The loss of a token, averaged over tokens, with V_t the new prediction:
 
-    L = -min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) + c_V 1/2 (V_t - return_t)^2
-    rho_t = pi(y_t) / pi_old(y_t)
+    loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) + c_V 1/2 (V_t - return_t)^2
+    ratio_t = pi(y_t) / pi_old(y_t)
 
-Start reading at `PPOTrainer.step`. Part 1 is the algorithm, Part 2 the machinery around it.
+Then beta moves by how far the KL is from its target (`AdaptiveKLController`).
 
-Differences from the papers: the value loss is clipped too (as in OpenAI's code); a response that is
-truncated at max_new_tokens counts as ended.
+Start reading at `PPOTrainer.step`. Part 1 is the algorithm, Part 2 the machinery around it; prompts
+become scored responses in `rollout` and `main`, at the end of the file.
+
+Differences from the papers: the value loss is clipped too (as in OpenAI's code); there is no bonus
+for entropy; a response that is truncated at max_new_tokens counts as ended.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
-  1. Dropout is off throughout: the policy that samples is the policy that is scored.
+  1. Dropout is off throughout: log-probabilities are those of the policy that sampled.
   2. Rows are padded on the right, so the tokenizer's padding side changes no number.
   3. GAE skips masked tokens (`response_masks`): they are not actions of the policy.
   4. Whitening, statistics and the KL controller see all ranks. A gradient is the mean over all
      tokens of the optimizer step, however they are split into minibatches and ranks.
-  5. A minibatch whose mean ratio exceeds `ratio_threshold` cancels its optimizer step, and so does
-     `early_stopping`; the gradient is not only multiplied by zero.
+  5. If a minibatch's mean ratio exceeds `ratio_threshold`, or `early_stopping` holds, the optimizer
+     step is skipped: Adam's moments do not move either. Early stopping reads kl_k3 of the epoch.
   6. With LoRA the reference is the adapter as it was loaded, not the bare base model.
   7. `temperature` divides the logits wherever log-probabilities are taken, not only in sampling.
   8. Checkpoints hold the complete training state: a resumed run reproduces the uninterrupted one.
@@ -44,6 +48,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -57,9 +62,9 @@ from accelerate.utils import DistributedType, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 import chats
 import common
@@ -121,7 +126,7 @@ class PPOConfig(machinery.LoadingFlags):
     steps: int = 20000
     """Length of the run in samples (prompt and response), global."""
     learning_rate: float = 1e-5
-    """Adam's learning rate; in the script, of a LoRA 1e-4."""
+    """Adam's learning rate. In the script, LoRA: 1e-4."""
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient to target. False: keep it at init_kl_coef."""
     init_kl_coef: float = 0.2
@@ -147,7 +152,7 @@ class PPOConfig(machinery.LoadingFlags):
     forward_batch_size: Optional[int] = None
     """Old name of mini_batch_size."""
     mini_batch_size: int = 1
-    """Samples per forward and backward pass; in the script, of your own model 8."""
+    """Samples per forward and backward pass. In the script, your own model: 8."""
     gradient_accumulation_steps: int = 1
     """Minibatches per optimizer step."""
     world_size: Annotated[Optional[int], HIDDEN] = None
@@ -194,18 +199,20 @@ class PPOConfig(machinery.LoadingFlags):
     """A checkpoint, or the output folder of a killed run (its last checkpoint)."""
     save_freq: int = 10
     """Write a checkpoint every this many updates."""
+    save_total_limit: Optional[int] = 1
+    """Number of checkpoints to keep. None: all."""
     dataset_split: Optional[str] = None
     """Split of the prompts. None: train, or the only one."""
     dataset_config: Optional[str] = None
     """Configuration of a dataset that has several, such as main of gsm8k."""
     max_new_tokens: int = 24
-    """Maximum length of a response, in tokens; of your own model 128."""
+    """Maximum length of a response, in tokens. Your own model: 128."""
     max_query_length: Optional[int] = None
     """Truncate prompts to this many tokens. None: no truncation."""
     temperature: float = 1.0
     """Temperature of sampling and of all log-probabilities."""
     generation_batch_size: int = 256
-    """Prompts per batch in sampling; of your own model 64."""
+    """Prompts per batch in sampling. Your own model: 64."""
     missing_eos_penalty: Optional[float] = None
     """Subtract this from the score of a response without an end. None: nothing."""
     reward_label: Optional[str] = None
@@ -233,7 +240,8 @@ class PPOConfig(machinery.LoadingFlags):
             self.optimize_device_cache = self.optimize_cuda_cache
         machinery.check_ranges(self, {
             "(0, inf)": ("steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps",
-                         "ppo_epochs", "compare_steps", "save_freq", "target", "horizon",
+                         "ppo_epochs", "compare_steps", "save_freq", "save_total_limit",
+                         "target", "horizon",
                          "max_new_tokens", "temperature", "generation_batch_size",
                          "max_query_length", "max_grad_norm", "score_clip", "ratio_threshold",
                          "target_kl", "lora_alpha"),
@@ -246,7 +254,9 @@ class PPOConfig(machinery.LoadingFlags):
             raise InputError(
                 f"batch_size={self.batch_size} is not a multiple of mini_batch_size x "
                 f"gradient_accumulation_steps = {self.mini_batch_size} x "
-                f"{self.gradient_accumulation_steps}: change one of the three")
+                f"{self.gradient_accumulation_steps}: change one of the three, for example to "
+                f"mini_batch_size={math.gcd(self.batch_size, self.mini_batch_size)} and "
+                "gradient_accumulation_steps=1")
         machinery.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise InputError("push_to_hub_if_best_kwargs: add the repo_id to push to")
@@ -306,7 +316,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
 
 
 def value_loss(vpreds, values, returns, mask, cliprange_value):
-    """Compute the clipped squared error of values [B, L], and where the clip binds (1 or 0)."""
+    """Compute the clipped squared error of values [B, L], and where the clip binds (1 or 0).
+
+        1/2 max((V - return)^2, (clip(V, V_old - eps_V, V_old + eps_V) - return)^2)"""
     vpredclipped = torch.clamp(vpreds, values - cliprange_value, values + cliprange_value)
     vf_losses1 = (vpreds - returns) ** 2
     vf_losses2 = (vpredclipped - returns) ** 2
@@ -349,13 +361,15 @@ class PPOTrainer(machinery.LoopTrainer):
             scores = [torch.tensor(my_reward(tokenizer.decode(r))) for r in responses]
             stats = trainer.step(batch["input_ids"], responses, scores)
 
-    Call every method on every rank. The constructor is in Part 2."""
+    Call every method on every rank. The constructor is in Part 2. It makes `self.policy`, a model
+    with a value head for passes without gradient, and `self.model`, the same weights as accelerate
+    wraps them, for passes with gradient."""
 
     def step(self, queries, responses, scores, response_masks=None):
-        """Run one PPO update on B scored responses. Returns a dict of statistics over all ranks.
+        """Run one PPO update on B scored responses. Returns statistics over all ranks, as NumPy.
 
-        queries, responses: lists of B LongTensors [length]. scores: a list of B scalar tensors.
-        response_masks: None, or a list of B tensors [response_length] with 0 at tokens that the
+        queries, responses: sequences of B LongTensors [length]. scores: B scalar tensors.
+        response_masks: None, or B tensors [response_length] with 0 at tokens that the
         policy did not write (a tool's output). B is the same on every rank.
         Raises InputError for a wrong input, before any weight moves, and for a loss that is not
         finite, before it reaches a weight."""
@@ -364,50 +378,52 @@ class PPOTrainer(machinery.LoopTrainer):
         queries, responses, raw_scores, response_masks = self.check_step(
             queries, responses, scores, response_masks)
         scores = self.scale_scores(raw_scores)
+        self.push_if_best(raw_scores)  # they are the scores of the policy before this update
 
-        # 1. The old policy and the reference: log-probabilities and values, [B, L] each
-        old_logprobs, ref_logprobs, values, masks, penalties = self.score_responses(
+        # 1. Old policy and reference: log-probabilities, values, mask of response tokens, [B, L]
+        #    each; for kl_penalty "full" also the KL, which needs all logits
+        old_logprobs, ref_logprobs, values, masks, *full_kl = self.evaluate_responses(
             queries, responses, response_masks)
         clock.lap("forward_pass")
 
         # 2. Token rewards: the KL penalty on every token, the score on the last one
         rewards, non_score_rewards, _ = self.compute_rewards(
-            scores, old_logprobs, ref_logprobs, masks, penalties)
+            scores, old_logprobs, ref_logprobs, masks, *full_kl)
         clock.lap("compute_rewards")
 
         # 3. Advantages and returns
         values, advantages, returns = self.compute_advantages(values, rewards, masks)
         clock.lap("compute_advantages")
-        self.push_if_best(raw_scores)  # they are the scores of the policy before this update
 
         # 4. Epochs of minibatches: forward, loss, backward; then an optimizer step
         batch = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": values,
                  "advantages": advantages, "returns": returns}
         train_stats = []
         self.model.train()
-        self.stepper.zero_grad(set_to_none=False)  # of an update that an error has ended
-        for epoch, rows in self.shuffled_rows(len(queries)):
+        self.stepper.zero_grad(set_to_none=False)  # gradients left by an update that raised
+        for epoch, step_rows in self.shuffled_rows(len(queries)):
             # the loss is the mean over the tokens of this optimizer step, on all ranks
-            step_tokens = self.sum_over_ranks(masks[rows].sum())
-            minibatches = common.split(rows, config.mini_batch_size)
-            for i, mb in enumerate(minibatches):
+            step_tokens = self.sum_over_ranks(masks[step_rows].sum())
+            minibatches = common.split(step_rows, config.mini_batch_size)
+            for i, rows in enumerate(minibatches):
                 is_last = i + 1 == len(minibatches)  # ranks exchange gradients once, with the last
                 with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                    logprobs, logits, vpreds, mask = self.forward(
-                        self.model, *select(mb, queries, responses, response_masks))
+                    inputs = self.select(rows, queries, responses, response_masks)
+                    logprobs, logits, vpreds, mask = self.batched_forward_pass(
+                        self.model, **inputs, return_logits=True)
                     # this minibatch, up to its longest response
-                    minibatch = {name: x[mb, :mask.shape[1]] for name, x in batch.items()}
+                    minibatch = {name: x[rows, :mask.shape[1]] for name, x in batch.items()}
                     loss_p, loss_v, stats = self.loss(
                         **minibatch, logprobs=logprobs, logits=logits, vpreds=vpreds, mask=mask)
-                    # accelerate averages gradients over the ranks: hence times their number
+                    # accelerate averages gradients over ranks; times world_size it is their sum
                     weight = mask.sum() * config.world_size / step_tokens
                     self.accelerator.backward((loss_p + loss_v) * weight)
                 del logits  # the largest tensor: free it before the next forward pass
                 train_stats.append({**stats, "mask": mask, "epoch": epoch})
-            has_moved_too_far = self.has_moved_too_far(train_stats)
-            self.optimizer_step(train_stats[-len(minibatches):], skip=has_moved_too_far)
-            if has_moved_too_far:
-                break  # no further epoch either
+            stop = self.has_moved_too_far(train_stats)
+            self.optimizer_step(train_stats[-len(minibatches):], skip=stop)
+            if stop:  # no further epoch either
+                break
         clock.lap("optimize_step")
 
         # 5. Statistics over all ranks, and the KL controller
@@ -419,47 +435,50 @@ class PPOTrainer(machinery.LoopTrainer):
         clock.lap("calc_stats")
         self.kl_ctl.update(stats["objective/kl"].item(), len(queries) * config.world_size)
         self.finish_step()
-        return {**stats, **clock.times()}
+        return to_numpy({**stats, **clock.times()})
 
-    def score_responses(self, queries, responses, response_masks=None):
-        """Compute old and reference log-probabilities, values, mask and KL penalties [B, L].
+    def evaluate_responses(self, queries, responses, response_masks=None):
+        """Compute old and reference log-probabilities, values and mask, [B, L] each.
 
-        Without gradient, in batches of similar length."""
-        self.policy.eval()  # as it samples, and as the reference is; `step` trains it after this
+        For kl_penalty "full" also its penalties [B, L], since whole log-softmaxes are too large to
+        keep. Without gradient, in batches of similar length."""
+        self.policy.eval()  # as it samples, and as the reference is; `step` sets training mode
         is_full = self.config.kl_penalty == "full"
         lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         results = [None] * len(queries)
-        with torch.no_grad(), common.unsharded(self.policy):
+        with torch.no_grad(), common.unsharded(self.policy, self.ref_model):
             for rows in common.batches_of_similar_length(lengths, FORWARD_TOKENS):
-                inputs = select(rows, queries, responses, response_masks)
-                logprobs, logits, values, mask = self.forward(
-                    self.policy, *inputs, return_logits=is_full)
+                inputs = self.select(rows, queries, responses, response_masks)
+                logprobs, logits, values, mask = self.batched_forward_pass(
+                    self.policy, **inputs, return_logits=is_full)
                 with self.reference() as reference:
-                    ref_logprobs, ref_logits, _, _ = self.forward(
-                        reference, *inputs, return_logits=is_full)
+                    ref_logprobs, ref_logits, _, _ = self.batched_forward_pass(
+                        reference, **inputs, return_logits=is_full)
+                columns = [logprobs, ref_logprobs, values, mask]
                 if is_full:
                     logits, ref_logits = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-                    penalties = kl_penalty(logits, ref_logits, "full")
-                else:
-                    penalties = kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
-                columns = (logprobs, ref_logprobs, values, mask, penalties)
+                    columns.append(self._kl_penalty(logits, ref_logits))
                 for i, *result in zip(rows, *columns, strict=True):
                     results[i] = result
+        # in the order of the lists again, padded to the longest response of all
         return [pad_sequence(column, batch_first=True) for column in zip(*results, strict=True)]
 
-    def forward(self, model, queries, responses, response_masks=None, return_logits=True):
+    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False,
+                             response_masks=None):
         """Run a model over prompts and responses, padded on the right.
 
         Returns log-probabilities [B, L], logits [B, L, vocabulary] or None (divided by the
         temperature), values [B, L] and the mask [B, L] of response tokens. Column 0 is the first
-        response token (of an encoder-decoder: the first after the start token)."""
-        inputs = self.prepare_model_inputs(queries, responses)
+        response token (of an encoder-decoder: the first after the start token).
+        model_inputs: what `prepare_model_inputs` makes of queries and responses."""
+        if is_padded_left(model_inputs):  # positions would be counted from the padding
+            model_inputs = self.prepare_model_inputs(queries, responses)
         if self.config.is_encoder_decoder:
-            ids = inputs["decoder_input_ids"]                                          # [B, T]
+            ids = model_inputs["decoder_input_ids"]                                    # [B, T]
             first = 1  # the decoder's start token is not part of the response
             starts = [0 for _ in queries]
         else:
-            ids = inputs["input_ids"]                                                  # [B, T]
+            ids = model_inputs["input_ids"]                                            # [B, T]
             first = 0
             starts = [len(query) - 1 for query in queries]
         lengths = [len(response) - first for response in responses]
@@ -469,13 +488,14 @@ class PPOTrainer(machinery.LoopTrainer):
         predicts_response = (column >= start) & (column < start + length)              # [B, T]
         labels = ids.roll(-1, dims=1)[predicts_response]                               # [N]
 
+        # only the N hidden states that predict a response token reach the output layer
         with only_logits_of(model, predicts_response), self.accelerator.autocast():
-            logits, _, values = model(**inputs)                       # [N, vocabulary], [B, T]
+            logits, _, values = model(**model_inputs)                 # [N, vocabulary], [B, T]
         if self.config.temperature != 1.0:
             logits = logits / self.config.temperature
         logprobs, values = logprobs_from_logits(logits, labels), values[predicts_response]  # [N]
 
-        def to_rows(x):  # [N, ...] -> [B, L, ...]
+        def to_rows(x):  # [N, ...] -> [B, L, ...]: the N tokens stand row by row
             return pad_sequence(x.split(lengths), batch_first=True)
 
         if response_masks is None:
@@ -492,7 +512,7 @@ class PPOTrainer(machinery.LoopTrainer):
         scores [B]; logprobs, ref_logprobs [B, L] (whole log-softmaxes [B, L, vocabulary] for
         kl_penalty "full"); masks [B, L]; penalties [B, L]: what kl_penalty gives, if known."""
         if penalties is None:
-            penalties = kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
+            penalties = self._kl_penalty(logprobs, ref_logprobs)
         penalties = penalties * masks
         non_score_rewards = -self.kl_ctl.value * penalties
         rewards = non_score_rewards.clone()
@@ -504,7 +524,7 @@ class PPOTrainer(machinery.LoopTrainer):
     def compute_advantages(self, values, rewards, mask):
         """Compute values, whitened advantages and returns, [B, L] each, zero where masked.
 
-        Another advantage estimator goes here: the rows are in the order of `step`'s lists."""
+        To try another advantage estimator, edit here: rows are in the order of `step`'s lists."""
         if self.config.whiten_rewards:
             rewards = masked_whiten(
                 rewards, mask, shift_mean=False, sum_over_ranks=self.sum_over_ranks)
@@ -599,14 +619,17 @@ class PPOTrainer(machinery.LoopTrainer):
     # =========================================================================
 
     def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None,
-                 optimizer=None, data_collator=None, num_shared_layers=None, lr_scheduler=None):
+                 optimizer=None, data_collator=None, num_shared_layers=None, lr_scheduler=None,
+                 processing_class=None):
         """Prepare models, optimizer and data. Raises ValueError.
 
         config: a PPOConfig. model: AutoModelForCausalLMWithValueHead or its Seq2Seq sibling.
         ref_model: what the KL is measured from. None: the adapter as it is now for a PEFT model,
             else a frozen copy that shares its first `num_shared_layers` layers with the model.
         tokenizer: the model's. dataset, data_collator: for `dataloader`; None: make your own.
-        optimizer: None: Adam. lr_scheduler: stepped once per `step`."""
+        optimizer: None: Adam. lr_scheduler: stepped once per `step`. processing_class: today's
+        name of tokenizer."""
+        tokenizer = tokenizer or processing_class
         if not isinstance(config, PPOConfig):
             raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
         for name, part in (("model", model), ("ref_model", ref_model or model)):
@@ -618,6 +641,8 @@ class PPOTrainer(machinery.LoopTrainer):
         machinery.setup_ranks()
         set_seed(config.seed)
         self.config, self.tokenizer = config, tokenizer
+        self.output_dir = Path(config.output_dir or Path("runs") / config.exp_name)
+        self.keep_checkpoints = config.save_total_limit
         self.make_accelerator(model)
         if ref_model is not None and num_shared_layers is not None:
             warnings.warn("num_shared_layers has no effect with a ref_model", stacklevel=2)
@@ -625,9 +650,10 @@ class PPOTrainer(machinery.LoopTrainer):
         chats.refuse_virtual_tokens(model.pretrained_model)
         self.ref_model = self.make_reference(model, ref_model, num_shared_layers)
         common.disable_dropout(model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = optimizer or torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-        self.dataloader = None
+        self.model_params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = optimizer or torch.optim.Adam(
+            self.model_params, lr=config.learning_rate, fused=True)
+        self.dataset, self.dataloader = dataset, None
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
         else:
@@ -647,6 +673,7 @@ class PPOTrainer(machinery.LoopTrainer):
         self.running = RunningMoments(self.accelerator)
         self.current_step, self.highest_reward = 0, -math.inf
         self.accelerator.register_for_checkpointing(self)
+        self.accelerator.register_save_state_pre_hook(self.drop_frozen)
         self.start_trackers()
         # the weights are made; from here on each rank draws samples of its own
         set_seed(config.seed + 100_003 * self.accelerator.process_index)
@@ -660,14 +687,26 @@ class PPOTrainer(machinery.LoopTrainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError("distributed_type=DEEPSPEED (accelerate's configuration): PPO does "
                              "not run under DeepSpeed; shard the model with FSDP 2 (docs/ppo.md)")
+        machinery.prepare_shards(self.accelerator)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             model.keep_module_names()
+            kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad}
+            if len(kinds) > 1 and self.accelerator.mixed_precision == "no":
+                raise InputError(f"torch_dtype={' and '.join(sorted(kinds))}: FSDP trains weights "
+                                 "of one type, and the value head's is float32; give float32, with "
+                                 "--bf16 for speed")
         ranks = config.world_size = self.accelerator.num_processes
         config.global_batch_size = config.batch_size * ranks
         config.global_backward_batch_size = config.backward_batch_size * ranks
         config.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         config.is_peft_model = model.is_peft_model
         config.total_ppo_epochs = math.ceil(config.steps / config.global_batch_size)
+        # TRL 0.7's attributes
+        self.current_device = self.accelerator.device
+        self.is_distributed = ranks > 1
+        self.is_encoder_decoder = config.is_encoder_decoder
+        self.is_peft_model = config.is_peft_model
+        self.data_collator = DataCollatorForLanguageModeling(self.tokenizer, mlm=False)
 
     def make_reference(self, model, ref_model, num_shared_layers):
         """Return the reference model, or None if it is the policy's own adapter `reference`."""
@@ -677,7 +716,7 @@ class PPOTrainer(machinery.LoopTrainer):
         if ref_model is None:
             ref_model = common.create_reference_model(model, num_shared_layers)
         common.disable_dropout(ref_model)
-        return ref_model.requires_grad_(False).to(self.accelerator.device).eval()
+        return machinery.prepare_reference(self.accelerator, ref_model)
 
     @contextmanager
     def reference(self):
@@ -724,7 +763,7 @@ class PPOTrainer(machinery.LoopTrainer):
             responses = respond(self.policy)
             if not generate_ref_response:
                 return responses
-            with self.reference() as reference:
+            with common.unsharded(self.ref_model), self.reference() as reference:
                 return responses, respond(reference)
 
     # ------------------------------------------------------------------ inputs of a step
@@ -736,7 +775,7 @@ class PPOTrainer(machinery.LoopTrainer):
         if len(queries) == 0:
             raise InputError("queries is empty: give at least one query")
         for name, rows in lists.items():
-            if not isinstance(rows, (list, tuple)) or len(rows) != len(queries):
+            if not isinstance(rows, Sequence) or len(rows) != len(queries):
                 size = f" of {len(rows)}" if hasattr(rows, "__len__") else ""
                 raise InputError(f"{name} must be a list of {len(queries)} tensors, one per query, "
                                  f"not a {type(rows).__name__}{size}")
@@ -794,14 +833,17 @@ class PPOTrainer(machinery.LoopTrainer):
             return {**pad(queries), **pad(responses, "decoder_")}
         return pad([torch.cat(pair) for pair in zip(queries, responses, strict=True)])
 
-    # ------------------------------------------------------------------ TRL 0.7's entry points
-    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False,
-                             response_masks=None):
-        """Return log-probabilities, logits or None, values and mask, as `forward` does.
+    def select(self, rows, queries, responses, response_masks):
+        """Return the arguments of `batched_forward_pass` for these rows."""
+        queries, responses = [queries[i] for i in rows], [responses[i] for i in rows]
+        return {"queries": queries, "responses": responses,
+                "model_inputs": self.prepare_model_inputs(queries, responses),
+                "response_masks": response_masks and [response_masks[i] for i in rows]}
 
-        model_inputs is accepted for TRL 0.7's callers: the rows are built from queries and
-        responses. See `forward`."""
-        return self.forward(model, queries, responses, response_masks, return_logits)
+    # ------------------------------------------------------------------ TRL 0.7's entry points
+    def _kl_penalty(self, logprob, ref_logprob):
+        """Compute the penalties of config.kl_penalty. See `kl_penalty`."""
+        return kl_penalty(logprob, ref_logprob, self.config.kl_penalty)
 
     def train_minibatch(self, old_logprobs, values, logprobs, logits, vpreds, mask, advantages,
                         returns, ref_logprobs=None):
@@ -922,14 +964,14 @@ class PPOTrainer(machinery.LoopTrainer):
     def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
         """Send a step's statistics and a table of samples to the tracker.
 
-        batch: {column: list}; rewards: a list of this rank's scalar tensors. Raises ValueError."""
+        batch: {column: list}; rewards: a list of this rank's scores. Raises ValueError."""
+        if not self.config.log_with:
+            return
         missing = [name for name in columns_to_log if name not in batch]
         if missing:
             raise InputError(f"columns_to_log={missing}: the batch has {list(batch)}; add them or "
                              "name others")
-        if not self.config.log_with:
-            return
-        rewards = torch.stack([torch.as_tensor(r, dtype=torch.float32) for r in rewards])
+        rewards = torch.tensor([float(reward) for reward in rewards])
         rewards = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
         rows = gather_object(list(zip(*(batch[name] for name in columns_to_log), strict=True)))
         stats = {**stats, "env/reward_mean": rewards.mean(),
@@ -966,36 +1008,40 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
 """)
 
     def save_pretrained(self, save_directory):
-        """Write model (or adapter), value head, tokenizer and model card. Call on every rank."""
-        state_dict = self.accelerator.get_state_dict(self.model)
+        """Write model (or adapter), value head, tokenizer and model card.
+
+        Call it on the main rank; with FSDP, on every rank."""
+        with common.tied_weights_once(self.model):
+            state_dict = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:
             self.policy.save_pretrained(save_directory, state_dict=state_dict)
             self.tokenizer.save_pretrained(save_directory)
             self.create_model_card(save_directory, self.config.exp_name)
-        self.accelerator.wait_for_everyone()
-
-    def push_to_hub(self, repo_id, **kwargs):
-        """Upload policy, value head and tokenizer to the hub's `repo_id`. Call on every rank."""
-        state_dict = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:
-            self.policy.push_to_hub(repo_id=repo_id, state_dict=state_dict, **kwargs)
-            access = {name: kwargs[name] for name in ("private", "token") if name in kwargs}
-            self.tokenizer.push_to_hub(repo_id=repo_id, **access)
-        self.accelerator.wait_for_everyone()
 
     def state_dict(self):
         """Return what a checkpoint holds besides weights, optimizer, scheduler and random state."""
         running = {k: v for k, v in vars(self.running).items() if k != "accelerator"}
-        return {"current_step": self.current_step, "highest_reward": self.highest_reward,
-                "kl_coef": self.kl_ctl.value, "running": running}
+        return {**super().state_dict(), "current_step": self.current_step,
+                "highest_reward": self.highest_reward, "kl_coef": self.kl_ctl.value,
+                "running": running}
 
     def load_state_dict(self, state):
+        super().load_state_dict(state)
         self.current_step, self.highest_reward = state["current_step"], state["highest_reward"]
         self.kl_ctl.value = state["kl_coef"]
         vars(self.running).update(state["running"])
+        if self.dataloader is not None:
+            self.dataloader.sampler.continue_after(self.current_step, self.config.batch_size)
+
+    def drop_frozen(self, models, weights, folder):
+        """Leave weights that do not train out of a checkpoint: LoRA's base is as it was loaded."""
+        for model, state in zip(models, weights, strict=False):  # FSDP saves its shards itself
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    del state[name.replace("pretrained_model.", "", 1)]
 
     def save_checkpoint(self, folder):
-        """Write folder/checkpoint-<updates> and remove the one before. Call on every rank."""
+        """Write folder/checkpoint-<updates> and remove the oldest ones. Call on every rank."""
         super().save_checkpoint(folder, self.current_step)
 
 
@@ -1026,21 +1072,34 @@ class RunningMoments:
 class EpochSampler(DistributedSampler):
     """Each rank's rows, in a new order in every epoch, by seed and epoch alone."""
 
+    done = 0  # rows that the next pass skips
+
     def __iter__(self):
-        yield from super().__iter__()
+        done, self.done = self.done, 0
+        yield from islice(super().__iter__(), done, None)
         self.epoch += 1
+
+    def continue_after(self, batches, batch_size):
+        """Begin the next pass where a run is after `batches`; incomplete ones are dropped."""
+        self.epoch, done = divmod(batches, self.num_samples // batch_size)
+        self.done = done * batch_size
 
 
 def collate(rows):
-    """Collect rows into {column: list}, `input_ids` as a list of LongTensors, unpadded."""
+    """Collect rows into {column: list}, `input_ids` as a list of LongTensors, unpadded.
+
+    Rows that are no dicts, such as a TensorDataset's, are stacked by torch's own collate."""
+    if not isinstance(rows[0], dict):
+        return default_collate(rows)
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     batch["input_ids"] = [torch.as_tensor(ids) for ids in batch["input_ids"]]
     return batch
 
 
-def select(rows, *lists):
-    """Return these rows of each list; None stays None."""
-    return [None if values is None else [values[i] for i in rows] for values in lists]
+def is_padded_left(inputs):
+    """Check whether a row of a model's inputs begins with padding."""
+    masks = [mask for name, mask in inputs.items() if name.endswith("attention_mask")]
+    return not all(mask[:, 0].all() for mask in masks)
 
 
 def lengths_of(rows):
@@ -1053,10 +1112,19 @@ def deviation(x):
     return x.std(correction=int(len(x) > 1))
 
 
+def to_numpy(stats):
+    """Turn tensors [n] into arrays, and scalars into np.float64, which is a float."""
+    tensors = {name: x.float() for name, x in stats.items() if isinstance(x, torch.Tensor)}
+    arrays = {name: x.cpu().numpy() for name, x in tensors.items()}
+    numbers = {name: np.float64(x) for name, x in arrays.items() if not x.ndim}
+    return {**stats, **arrays, **numbers}
+
+
 def split_stats(stats):
     """Split statistics into {name: float} and {name: tensor [n]}."""
-    vectors = {k: v for k, v in stats.items() if isinstance(v, torch.Tensor) and v.dim()}
-    return {k: float(v) for k, v in stats.items() if k not in vectors}, vectors
+    tensors = {name: torch.as_tensor(value) for name, value in stats.items()}
+    vectors = {name: x for name, x in tensors.items() if x.dim()}
+    return {name: float(value) for name, value in stats.items() if name not in vectors}, vectors
 
 
 class Stopwatch:
@@ -1121,10 +1189,9 @@ def main(config: PPOConfig):
     """Train a language model with PPO against a reward.
 
     Returns the last update's statistics."""
-    out = Path(config.output_dir or Path("runs") / config.exp_name)
+    out, checkpoint = machinery.open_run(config.output_dir, config.resume_from,
+                                         Path("runs") / config.exp_name)
     config.output_dir = str(out)
-    checkpoint = machinery.newest_checkpoint(config.resume_from) if config.resume_from else None
-    machinery.writable_folder(out, fresh=not checkpoint)
     set_seed(config.seed)  # a fresh adapter is the same on all ranks
     tokenizer, model = load_policy(config)
     machinery.use_few_threads(model)
@@ -1137,30 +1204,27 @@ def main(config: PPOConfig):
     reward = chats.load_reward(config.reward_model or TOY / "reward", config.reward_label,
                                trainer.accelerator.device,
                                trust_remote_code=config.trust_remote_code)
-    log = None
     if checkpoint:
         trainer.load_checkpoint(checkpoint)
     else:
         show_samples(trainer, reward, dataset[:8], "before training")
-    if trainer.accelerator.is_main_process:
-        log = machinery.MetricsFile(out / "metrics.jsonl", trainer.current_step)
-        if checkpoint:  # samples of later updates will be drawn again
-            machinery.MetricsFile(out / "samples.jsonl", trainer.current_step)
+    is_main = trainer.accelerator.is_main_process
+    if is_main:
+        machinery.cut_lines(out, trainer.lines)
 
     stats = {}
     bar = tqdm(total=config.total_ppo_epochs, initial=trainer.current_step, unit="update",
-               disable=log is None)
+               disable=not is_main)
     while trainer.current_step < config.total_ppo_epochs:
-        epoch, done = divmod(trainer.current_step, len(trainer.dataloader))
-        trainer.dataloader.sampler.set_epoch(epoch)
-        for batch in islice(trainer.dataloader, done, None):
+        for batch in trainer.dataloader:
             bar.set_description("sampling")
             responses, batch["response"], scores = rollout(trainer, reward, batch)
             bar.set_description("learning")
             stats = trainer.step(batch["input_ids"], responses, scores)
             trainer.log_stats(stats, batch, scores)
-            if log:
-                log.write({"update": trainer.current_step, **split_stats(stats)[0]})
+            if is_main:
+                row = {"update": trainer.current_step, **split_stats(stats)[0]}
+                machinery.append_rows(out / "metrics.jsonl", [row])
                 bar.set_postfix(score=f"{stats['objective/scores']:.2f}",
                                 kl=f"{stats['objective/kl']:.2f}", refresh=False)
                 bar.update()
@@ -1171,6 +1235,7 @@ def main(config: PPOConfig):
     bar.close()
     show_samples(trainer, reward, dataset[:8], "after training")
     trainer.save_pretrained(str(out))
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return stats
 

@@ -46,6 +46,8 @@ The API, defaults and metrics follow TRL 0.7.10. Differences:
      micro-batches and ranks.
   6. LoRA trains with gradient checkpointing, and its adapter is saved with the head.
   7. `label_smoothing_factor` has an effect: it is eps.
+  8. The model has one label, the score. One with more is refused (0.7.10 trains each label's logit
+     alike): load it with num_labels=1.
 
     torchrun reward.py                                     one process, the toy model
     torchrun --nproc_per_node 8 reward.py --model-name my/model --dataset pairs.jsonl --bf16
@@ -70,7 +72,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments
 import chats
 import common
 import machinery
-from chats import join_chat, judged_ids
+from chats import classifier_ids, join_chat
 from common import TOY, InputError, check_finite, explain
 
 SIDES = ("chosen", "rejected")
@@ -126,9 +128,6 @@ class RewardConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.Ret
             "[0, 0.5]": ("label_smoothing_factor",),
         })
         machinery.check_choices(self, {"torch_dtype": machinery.DTYPES})
-        machinery.replace_retired(self)
-        if self.report_to is None:
-            self.report_to = "none"
         super().__post_init__()
 
 
@@ -139,15 +138,15 @@ class ScriptConfig(RewardConfig):
     output_dir: Optional[str] = "runs/reward"
     """Output folder."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 2e-3 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    """AdamW's learning rate. None: 2e-3 x sqrt(1e5 / number of parameters); LoRA: x 10."""
     weight_decay: float = 0.0
-    """AdamW's weight decay; of the toy model 1, so that it does not memorize a few pairs."""
+    """AdamW's weight decay. Toy model: 1, so that it does not memorize a few pairs."""
     per_device_train_batch_size: int = 8
-    """Pairs per micro-batch, per process; of the toy model 64."""
+    """Pairs per micro-batch, per process. Toy model: 64."""
     per_device_eval_batch_size: int = 8
-    """Pairs per evaluation batch, per process; of the toy model 64."""
+    """Pairs per evaluation batch, per process. Toy model: 64."""
     num_train_epochs: float = 1
-    """Passes over the pairs; of the toy model 16."""
+    """Passes over the pairs. Toy model: 16."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     logging_steps: float = 10
@@ -205,7 +204,7 @@ def stack_pairs(inputs, pad_token_id):
 
 
 # ----------------------------------------------------------------------------- the update
-class RewardTrainer(Trainer):
+class RewardTrainer(machinery.ShardedTrainer, Trainer):
     """Train a classifier with one output on pairs: transformers.Trainer with the loss above.
 
         trainer = RewardTrainer(classifier, RewardConfig("runs/reward"), tokenizer=tokenizer,
@@ -307,6 +306,7 @@ class RewardTrainer(Trainer):
         if args.ddp_broadcast_buffers is None:  # DDP would, between the forward passes of a batch
             args.ddp_broadcast_buffers = False
         machinery.prepare_process(args)
+        machinery.check_split(train_dataset)
         tokenizer = tokenizer or processing_class
         if tokenizer is None:
             raise InputError("tokenizer=None: RewardTrainer needs the model's tokenizer; pass it")
@@ -398,21 +398,14 @@ class RewardTrainer(Trainer):
         if len(distinct) == 0:
             raise InputError(f"max_length={self.max_length} ({name} dataset): within it all "
                              f"{len(rows)} pairs are equal or empty; raise it, or give other pairs")
-        if self.is_world_process_zero():
-            self.report_pairs(rows, len(distinct), name)
+        within, total = f"max_length={self.max_length} tokens", len(rows)
+        truncated = rows["is_truncated"][:]
+        machinery.report_rows(f"{name} dataset", "truncated", sum(truncated), total, truncated,
+                              f"longer than {within}, of which the last are kept")
+        faulty = (not is_distinct(row) for row in rows)
+        machinery.report_rows(f"{name} dataset", "dropped", total - len(distinct), total, faulty,
+                              f"equal or empty within {within}")
         return distinct
-
-    def report_pairs(self, rows, kept, name):
-        """Print how many of the rows are truncated, and how many are dropped."""
-        within = f"max_length={self.max_length} tokens"
-        truncated = sum(rows["is_truncated"])
-        if truncated:
-            print(f"{name} dataset: {truncated} of {len(rows)} pairs are truncated to the last "
-                  f"{within}")
-        if kept < len(rows):
-            first = next(i for i, row in enumerate(rows) if not is_distinct(row))
-            print(f"{name} dataset: {len(rows) - kept} of {len(rows)} pairs are dropped, row "
-                  f"{first} the first: equal or empty within {within}")
 
     # ------------------------------------------------------------------ metrics
     def log(self, logs, start_time=None):
@@ -489,10 +482,10 @@ def encode_pair(row, tokenizer, max_length):
             ids, mask = ids[-max_length:], mask[-max_length:]
         else:
             text = join(row.get("prompt"), row[side])
-            ids = judged_ids(tokenizer, text, row)
+            ids = classifier_ids(tokenizer, text, row)
             too_long = len(ids) > max_length
             if too_long:  # with the special tokens around the text
-                ids = judged_ids(tokenizer, text, row, max_length)
+                ids = classifier_ids(tokenizer, text, row, max_length)
             mask = [1] * len(ids)
         columns.update({f"input_ids_{side}": ids, f"attention_mask_{side}": mask})
         columns["is_truncated"] |= too_long
@@ -617,8 +610,8 @@ def main(config: ScriptConfig):
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     samples = pick_samples(trainer, held_out or rows)
-    # a model that FSDP will shard is still on the CPU
-    if not checkpoint and trainer.model.device.type == config.device.type:
+    will_be_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not checkpoint and not will_be_sharded:
         show_samples(trainer, samples, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out:

@@ -10,30 +10,31 @@ log-likelihood, in nats per token, over the tokens in the loss, whose mask m_t i
     L = - sum_t m_t log p(y_t | y_<t) / sum_t m_t
 
     a row                         its tokens in the loss
-    a text                        all, and the end token
+    a text                        all but the first, and the end token
     a prompt and its completion   the completion, and the end token
     a chat                        all turns; with `assistant_only_loss` the assistant's turns
 
-With `--neftune-noise-alpha`, Trainer adds noise to the embeddings of each row, in training only
-(T tokens, D dimensions; Jain et al. 2023, algorithm 1):
+With `--neftune-noise-alpha`, Trainer adds noise to the embeddings in training (T tokens, padding
+included, of D dimensions; Jain et al. 2023, algorithm 1):
 
     embeddings + U(-1, 1) alpha / sqrt(T D)
 
-Start reading at `SFTTrainer.compute_loss`, five numbered steps. transformers.Trainer calls it for
-each micro-batch, adds up the gradients, clips them and steps AdamW. Part 1 is the algorithm, Part 2
-the machinery around it.
+Start reading at `SFTTrainer.compute_loss`, five numbered steps. Part 1 is the algorithm, Part 2 the
+machinery around it.
 
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. A text that is not truncated ends with one end token, and the end token is in the loss.
      Padding is known from a row's length, never from the token id.
-  2. Packed documents do not see each other. The positions of each count from 0. The loss is thus
-     that of separate rows. A model that cannot keep documents apart is refused. A buffer's last
-     tokens, less than a row, begin the next buffer's first row. The run's seed draws the order.
+  2. Packed documents do not see each other: positions restart at 0, so the loss is that of separate
+     rows. A model that cannot keep documents apart is refused.
   3. The mean is over the tokens of the whole optimizer step, however they are split into
      micro-batches and ranks. `eval_loss` is the mean over all tokens of the evaluation set.
   4. Rows are texts, prompts with completions, chats or token ids, in memory or streamed.
   5. Rows without a token in the loss are dropped and counted. It is an error if no row is left.
   6. Logits are computed only for the tokens in the loss.
+  7. Texts stay texts: a prompt and completion in plain text do not go through the chat template
+     that the tokenizer may have (as 0.7.10 sends them). Give chats to use it.
+  8. DataCollatorForCompletionOnlyLM pads on the tokenizer's side, but in SFTTrainer on the right.
 
     torchrun sft.py                                        one process, the toy model
     torchrun --nproc_per_node 8 sft.py --model-name my/model --dataset texts.jsonl --packing --bf16
@@ -72,19 +73,20 @@ SLICE = 256  # tokens whose cross-entropy is computed at a time
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
+class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
+                machinery.SFTArguments, TrainingArguments):
     """Extend transformers.TrainingArguments: some defaults differ, and the script has its own."""
 
     output_dir: Optional[str] = "runs/sft"
     """Output folder."""
     learning_rate: Optional[float] = None
-    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of parameters), LoRA's x 10."""
+    """AdamW's learning rate. None: 4e-3 x sqrt(1e5 / number of parameters); LoRA: x 10."""
     per_device_train_batch_size: int = 2
-    """Rows per forward and backward pass, per process; of the toy model 32."""
+    """Rows per forward and backward pass, per process. Toy model: 32."""
     per_device_eval_batch_size: int = 8
-    """Rows per evaluation pass, per process; of the toy model 64."""
+    """Rows per evaluation pass, per process. Toy model: 64."""
     num_train_epochs: float = 2
-    """Passes over the data; of the toy model 8."""
+    """Passes over the data. Toy model: 8."""
     lr_scheduler_type: str = "cosine"
     """Schedule of the learning rate."""
     logging_steps: float = 20
@@ -102,7 +104,7 @@ class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArgument
     eval_dataset: Optional[str] = None
     """Rows to evaluate on. None: the toy's test reviews for the toy reviews, else none."""
     dataset_text_field: Optional[str] = None
-    """Column that holds the text or chat. None: messages or text."""
+    """Column that holds the text or chat. None: messages, text or conversations."""
     max_seq_length: Optional[int] = None
     """Truncate rows to this many tokens. None: what tokenizer and model take, at most 1024."""
     packing: bool = False
@@ -141,8 +143,8 @@ class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArgument
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Letters in shapes: B rows, T tokens of the longest row, N tokens in the loss, V entries of the
-# vocabulary.
+# Letters in shapes: B rows, T tokens of the longest row, T' of an encoder-decoder's longest answer,
+# N tokens in the loss, V entries of the vocabulary.
 def next_tokens(labels):
     """Shift labels [B, T] by one: each position's target is the next label, the last has none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -153,7 +155,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
     label_smoothing: this fraction of the target's probability is spread over the vocabulary
     (Szegedy et al. 2015)."""
-    # in slices: float32 copies of all logits would be the peak of memory
+    # in slices, so that only one slice of the logits has a float32 copy
     slices = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return torch.cat([
         F.cross_entropy(z.float(), y, reduction="none", label_smoothing=label_smoothing)
@@ -161,15 +163,22 @@ def cross_entropy(logits, targets, label_smoothing=0.0):
 
 
 # ----------------------------------------------------------------------------- the update
-class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
+class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Trainer):
     """Minimize the loss above with transformers.Trainer.
 
         trainer = SFTTrainer(model, SFTConfig(output_dir="out"), train_dataset=rows,
                              tokenizer=tokenizer)
         trainer.train()
 
-    For each optimizer step Trainer calls get_batch_samples, then compute_loss for each micro-batch.
+    Its loop, for each optimizer step:
+
+        micro_batches, tokens = get_batch_samples(...)
+        for micro_batch in micro_batches:
+            compute_loss(model, micro_batch, num_items_in_batch=tokens).backward()
+        clip the gradient, optimizer.step(), lr_scheduler.step(), optimizer.zero_grad()
     """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of all micro-batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Take the micro-batches of one optimizer step, and count its tokens in the loss."""
@@ -203,15 +212,18 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
                 language_model.prepare_decoder_input_ids_from_labels(labels))
 
         # 2. Forward pass: logits [N, V] of the N positions in the loss
-        with nullcontext() if return_outputs else only_logits_of(language_model, loss_mask):
+        selection = nullcontext() if return_outputs else only_logits_of(language_model, loss_mask)
+        with selection:
             outputs = model(**inputs)
-        logits = outputs.logits[loss_mask] if return_outputs else outputs.logits
+        logits = outputs.logits
+        if return_outputs:
+            logits = logits[loss_mask]
 
         # 3. Negative log-likelihood of each token [N]; eval_loss is the mean of these
         nll = cross_entropy(logits, targets[loss_mask], self.args.label_smoothing_factor)
 
         # 4. Mean over the tokens of the optimizer step: each counts the same in any micro-batch.
-        # To try another loss per token, sum it here in place of nll
+        #    Another loss per token takes the place of nll here
         tokens = len(nll) if num_items_in_batch is None else num_items_in_batch
         loss = nll.sum() / max(tokens, 1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -260,15 +272,21 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             packing: the last row, which is shorter), assistant_only_loss."""
         # the arguments, with the config's fields
         args = prepare_args(args, eval_dataset)
+        machinery.prepare_process(args)
+        machinery.check_split(train_dataset)
         settings = machinery.read_settings(
             SFTTrainer, args, dataset_text_field=dataset_text_field, packing=packing,
-            max_seq_length=max_seq_length, dataset_num_proc=dataset_num_proc,
-            neftune_noise_alpha=neftune_noise_alpha)
+            max_seq_length=max_seq_length or getattr(args, "max_length", None),
+            dataset_num_proc=dataset_num_proc, neftune_noise_alpha=neftune_noise_alpha,
+            model_init_kwargs=model_init_kwargs, dataset_kwargs=dataset_kwargs,
+            dataset_batch_size=dataset_batch_size, num_of_sequences=num_of_sequences,
+            chars_per_token=chars_per_token)
         args.neftune_noise_alpha = settings["neftune_noise_alpha"]
         if infinite and not settings["packing"]:
             warnings.warn("infinite=True has no effect without packing=True", stacklevel=2)
 
         # model, tokenizer and collator
+        model_init_kwargs = settings["model_init_kwargs"]
         model = load_model(model, model_init_kwargs)
         self.tokenizer = machinery.with_padding(
             tokenizer or processing_class or tokenizer_of(model, **(model_init_kwargs or {})))
@@ -281,19 +299,18 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             eval_dataset=eval_dataset, processing_class=self.tokenizer, model_init=model_init,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
-        machinery.prepare_process(self.args)
         self.seq2seq = self.model.config.is_encoder_decoder
-        self.model_accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
 
         # the data: rows of token ids and labels
         self.max_seq_length = self.longest_row(settings["max_seq_length"])
         self.formatting_func = formatting_func
         self.num_proc = settings["dataset_num_proc"]
-        self.rows_at_once = dataset_batch_size or None
-        self.set_encoding(settings["dataset_text_field"], dataset_kwargs)
+        self.rows_at_once = settings["dataset_batch_size"] or None
+        self.set_encoding(settings["dataset_text_field"], settings["dataset_kwargs"])
         if settings["packing"]:
             self.train_dataset = self.pack(
-                train_dataset, bool(infinite), num_of_sequences, chars_per_token)
+                train_dataset, bool(infinite), settings["num_of_sequences"],
+                settings["chars_per_token"])
         else:
             self.train_dataset = self.prepare(train_dataset, "train_dataset")
         self.eval_dataset = machinery.map_sets(machinery.read_stream,
@@ -309,6 +326,8 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             data_collator = DataCollatorForCompletionOnlyLM(template, tokenizer=self.tokenizer)
         self.completion_collator = None
         if isinstance(data_collator, DataCollatorForCompletionOnlyLM):
+            data_collator = copy.copy(data_collator)
+            data_collator.padding_side = "right"  # on the left, padding would shift positions
             self.completion_collator = data_collator
         elif data_collator is None:
             data_collator = partial(collate, pad_token_id=self.tokenizer.pad_token_id)
@@ -368,13 +387,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             self.check_packing()
         if not isinstance(rows, (Dataset, IterableDataset)):
             return rows
-        first = list(islice(iter(rows), 2))
-        if not first:
-            raise InputError(f"{name} (0 rows): it is empty; give at least one row")
-        if any(map(is_chat, first[0].values())):
-            # `generate` stops where the template ends an answer, also of a model without chats
-            ends = self.model.generation_config
-            ends.eos_token_id = sorted(chats.end_token_ids(self.tokenizer, ends.eos_token_id))
+        first = self.first_rows(rows, name)
         if "position_ids" in first[0]:  # packed rows
             self.check_packing()
             return rows
@@ -387,10 +400,23 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             self.report_rows(name, tokens, len(kept), first[0], start)
         return kept.remove_columns("is_truncated")
 
+    def first_rows(self, rows, name):
+        """Return the first two rows. If they are chats, the model ends where the template does.
+
+        Raises InputError if there is no row."""
+        first = list(islice(iter(rows), 2))
+        if not first:
+            raise InputError(f"{name} (0 rows): it is empty; give at least one row")
+        if any(map(is_chat, first[0].values())):
+            # `generate` stops where the template ends an answer, also of a model without chats
+            ends = self.model.generation_config
+            ends.eos_token_id = sorted(chats.end_token_ids(self.tokenizer, ends.eos_token_id))
+        return first
+
     def tokenize(self, rows, first, max_length):
         """Encode a dataset or a stream, truncated to max_length. first: its first rows."""
         texts_of = None
-        if self.formatting_func is not None and "input_ids" not in first[0]:
+        if self.formatting_func is not None and not is_tokenized(first[0]):
             texts_of = text_maker(self.formatting_func, first)
         options = {**self.encoding, "seq2seq": self.seq2seq, "texts_of": texts_of,
                    "max_length": max_length, "completions": self.completion_collator}
@@ -408,23 +434,19 @@ class SFTTrainer(machinery.TokenMeanEvaluation, Trainer):
             raise InputError(f"{name} ({total} rows): no row has a token in the loss; check "
                              f"response_template={template}, max_seq_length={self.max_seq_length} "
                              f"and the labels; the first row is {first_row}")
-        truncated = sum(tokens["is_truncated"])
-        if truncated and self.is_world_process_zero():
-            print(f"truncated {truncated} of {total} rows of {name} to "
-                  f"max_seq_length={self.max_seq_length}")
-        if kept < total and self.is_world_process_zero():
-            number = next(i for i, row in enumerate(tokens) if not has_label(row, **start))
-            print(f"dropped {total - kept} of {total} rows of {name}, row {number} the first: they "
-                  "have no token in the loss")
+        truncated = tokens["is_truncated"][:]
+        machinery.report_rows(name, "truncated", sum(truncated), total, truncated,
+                              f"longer than max_seq_length={self.max_seq_length} tokens")
+        unlabeled = (not has_label(row, **start) for row in tokens)
+        machinery.report_rows(name, "dropped", total - kept, total, unlabeled,
+                              "no token in the loss")
 
     def pack(self, rows, infinite, num_of_sequences, chars_per_token):
         """Pack rows into a dataset, or into a stream if the rows are streamed or infinite."""
         self.check_packing()
         if not isinstance(rows, (Dataset, IterableDataset)):
             return rows
-        first = list(islice(iter(rows), 2))
-        if not first:
-            raise InputError("train_dataset (0 rows): it is empty; give at least one row")
+        first = self.first_rows(rows, "train_dataset")
         if infinite or isinstance(rows, IterableDataset):
             return ConstantLengthDataset(
                 dataset=rows, formatting_func=self.formatting_func, infinite=infinite,
@@ -510,14 +532,15 @@ def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
            append_concat_token=True, assistant_only_loss=False, eos_token_id=None, seq2seq=False):
     """Encode one row by its columns. Returns input_ids and labels (None: all are in the loss).
 
-    The columns, in this order: input_ids (and labels); prompt and completion; a text or chat in
-    dataset_text_field, messages or text. append_concat_token: end texts and completions with the
-    tokenizer's end token (if it has none, eos_token_id), once.
+    The columns: a text or chat in dataset_text_field. If that is None, in this order: input_ids
+    (and labels); prompt and completion; messages, text or conversations.
+    append_concat_token: end texts and completions with the tokenizer's end token (if it has none,
+    eos_token_id), once.
     seq2seq: the encoder reads the prompt, and the labels are the completion."""
     end_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if not append_concat_token:
         end_id = None
-    if "input_ids" in row:
+    if "input_ids" in row and (dataset_text_field is None or is_tokenized(row)):
         return encode_tokens(row, seq2seq)
     if is_pair(row, dataset_text_field):
         encode_pair = encode_seq2seq if seq2seq else encode_completion
@@ -525,12 +548,14 @@ def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
     if seq2seq:
         raise InputError(f"columns={list(row)} (of the dataset): an encoder-decoder needs prompt "
                          "and completion, or input_ids and labels; rename the columns")
-    names = ["messages", "text"] if dataset_text_field is None else [dataset_text_field]
+    names = ["messages", "text", "conversations"]
+    if dataset_text_field is not None:
+        names = [dataset_text_field]
     found = [name for name in names if name in row]
     if not found:
         raise InputError(f"dataset_text_field={dataset_text_field}: the dataset has the columns "
-                         f"{list(row)}; name the one that holds the text, or call it text, "
-                         "messages, prompt and completion, or input_ids")
+                         f"{list(row)}; name the one that holds the text or chat, or call it "
+                         "text, messages, prompt and completion, or input_ids")
     value = row[found[0]]
     if isinstance(value, list):
         return encode_chat(value, tokenizer, row, assistant_only_loss)
@@ -607,6 +632,11 @@ def encode_tokens(row, seq2seq):
     if not seq2seq:  # an encoder-decoder's labels have their own length
         labels = [label for label, m in zip(labels, mask, strict=True) if m]
     return ids, labels
+
+
+def is_tokenized(row):
+    """Return whether a row holds tokens alone: no text for formatting_func, dataset_text_field."""
+    return set(row) <= {"input_ids", "attention_mask", "labels"}
 
 
 def is_pair(row, text_field):
@@ -840,13 +870,13 @@ def keeps_documents_apart(model):
 
 
 # ----------------------------------------------------------------------------- tokens -> batches
-def collate(rows, pad_token_id):
-    """Pad rows on the right, which shifts no position. Returns a batch of LongTensors [B, T].
+def collate(rows, pad_token_id, side="right"):
+    """Pad rows, on the right: no position is shifted. Returns a batch of LongTensors [B, T].
 
     rows: dicts with input_ids, labels (default: input_ids), and position_ids if they are packed."""
     ids = [torch.as_tensor(row["input_ids"]) for row in rows]
     labels = [torch.as_tensor(row.get("labels", row["input_ids"])) for row in rows]
-    batch = {"input_ids": pad_sequence(ids, True, pad_token_id)}
+    batch = {"input_ids": pad_sequence(ids, True, pad_token_id, side)}
     if "position_ids" in rows[0]:
         positions = [torch.as_tensor(row["position_ids"]) for row in rows]
         # nothing before a document predicts its first token
@@ -854,8 +884,8 @@ def collate(rows, pad_token_id):
                   for row, place in zip(labels, positions, strict=True)]
         batch["position_ids"] = pad_sequence(positions, True, 0)
     else:
-        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, 0)
-    return {**batch, "labels": pad_sequence(labels, True, IGNORE)}
+        batch["attention_mask"] = pad_sequence([torch.ones_like(row) for row in ids], True, 0, side)
+    return {**batch, "labels": pad_sequence(labels, True, IGNORE, side)}
 
 
 class DataCollatorForCompletionOnlyLM:
@@ -865,8 +895,11 @@ class DataCollatorForCompletionOnlyLM:
     instruction_template, what follows the last response_template is in the loss. With it (what
     comes before a prompt), everything between a response_template and the next
     instruction_template is. ignore_index: the label of all other tokens. mlm: must be False.
-    A row that has labels keeps them. SFTTrainer labels the rows of a datasets.Dataset before
-    training, and drops those without the template; for any other row without it, warn."""
+    padding_side: None: the tokenizer's. A row that has labels keeps them.
+    SFTTrainer labels the rows of a datasets.Dataset before training, and drops those without the
+    template; for any other row without it, warn."""
+
+    padding_side = None
 
     def __init__(self, response_template, instruction_template=None, tokenizer=None, mlm=False,
                  ignore_index=IGNORE):
@@ -880,7 +913,12 @@ class DataCollatorForCompletionOnlyLM:
         self.response_template = response_template
         self.instruction_template = instruction_template
 
-    def __call__(self, rows):
+    def __call__(self, rows, return_tensors="pt"):
+        """Make a batch, of torch tensors only: call torch_call, which a subclass may replace."""
+        return self.torch_call(rows)
+
+    def torch_call(self, rows):
+        """Label the rows that have no labels, and pad. Returns a batch of LongTensors [B, T]."""
         batch = []
         for row in rows:
             ids = torch.as_tensor(row["input_ids"]).tolist()
@@ -892,7 +930,8 @@ class DataCollatorForCompletionOnlyLM:
                                   f"row {self.tokenizer.decode(ids)!r}, so none of the row's "
                                   "tokens is in the loss", stacklevel=2)
             batch.append({"input_ids": ids, "labels": labels})
-        return collate(batch, self.tokenizer.pad_token_id)
+        side = self.padding_side or self.tokenizer.padding_side
+        return collate(batch, self.tokenizer.pad_token_id, side)
 
     def labels(self, ids, ignore_index):
         """Return the labels of a row: its completions' token ids, and ignore_index elsewhere."""
@@ -943,6 +982,7 @@ def show_samples(trainer, rows, title, folder):
     if is_sharded or not trainer.is_world_process_zero():  # one rank alone has only its shards
         return
     samples = []
+    torch.manual_seed(trainer.args.seed)  # after a resume, too
     for row in rows:
         prompt, shown = sample_prompt(trainer, row)
         ids, = chats.generate(trainer.model, [torch.tensor(prompt)], trainer.tokenizer,
@@ -959,7 +999,9 @@ def sample_prompt(trainer, row):
     token if all of them are in the loss."""
     tokenizer = trainer.tokenizer
     text_field = trainer.encoding["dataset_text_field"]
-    chat = row["prompt"] if is_pair(row, text_field) else row.get(text_field or "messages")
+    chat = row.get(text_field or "messages", row.get("conversations"))
+    if is_pair(row, text_field):
+        chat = row["prompt"]
     if is_chat(chat):
         prompt = chats.prompt_ids(tokenizer, chat)
         shown = chats.text_to_show(chat)

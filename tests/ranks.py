@@ -10,6 +10,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -55,8 +56,8 @@ def toy_policy(draw):
 
 
 def plain(stats):
-    """Statistics without the clock, as numbers and CPU tensors."""
-    return {name: value.cpu().clone() if isinstance(value, torch.Tensor) else value
+    """Statistics without the clock, as tensors."""
+    return {name: torch.as_tensor(np.asarray(value))
             for name, value in stats.items() if "time/" not in name}
 
 
@@ -118,7 +119,7 @@ def vision_update(rank, ranks):
     return {name: p.detach() - before[name] for name, p in after}
 
 
-def own_loop(rank):
+def own_loop(folder, rank):
     """Parts of the trainer that users call in loops of their own."""
     forget()
     torch.manual_seed(100 + rank)  # whatever was drawn before, seeds come from the config
@@ -136,6 +137,8 @@ def own_loop(rank):
         trainer.step(few, few, [torch.tensor(0.0)] * len(few))
     except ValueError as error:
         seen["unequal rows"] = str(error)
+    if trainer.accelerator.is_main_process:  # as users write it: the other rank goes on
+        trainer.save_pretrained(f"{folder}/saved by one")
     policy = trainer.accelerator.unwrap_model(trainer.model)
     return {**seen, "head": policy.v_head.summary.weight.detach().clone()}
 
@@ -173,7 +176,7 @@ if __name__ == "__main__":
     PartialState.destroy_process_group = lambda *args: None  # main ends its training three times
     seen = {name: update(rank, 2, **case) for name, case in UPDATES.items()}
     seen["vision"] = vision_update(rank, 2)
-    seen["own loop"] = own_loop(rank)
+    seen["own loop"] = own_loop(folder, rank)
     seen["script"] = script(folder, rank)
     torch.save(seen, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 
 HANGS_AFTER = 280  # seconds: a rank that waits for one that will not come ends, and says where
 begin, leave = Accelerator.__init__, torch.distributed.destroy_process_group
+end = os._exit
 
 
 def begin_on_shards(self, *args, **kwargs):
@@ -30,6 +31,7 @@ def begin_on_shards(self, *args, **kwargs):
 faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.distributed.destroy_process_group = lambda *args: None  # the scripts share it
+os._exit = sys.exit  # a run that is refused ends, the next one starts
 file, environment = sys.argv[1], dict(os.environ)
 for number, run in enumerate(json.loads(Path(file).read_text())):
     os.environ.clear()
@@ -43,4 +45,4 @@ for number, run in enumerate(json.loads(Path(file).read_text())):
     except (Exception, SystemExit):
         Path(f"{file}.{number}.{os.environ['RANK']}").write_text(traceback.format_exc())
 leave()
-os._exit(0)  # torch may abort as it frees the groups of several runs: end here
+end(0)  # torch may abort as it frees the groups of several runs: end here

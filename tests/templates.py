@@ -158,10 +158,20 @@ GLM4 = """\
 {%- for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
+# thinking and answer have a channel each, and the last answer an end of its own
+GPT_OSS = """\
+{%- for message in messages %}
+    {{- '<|start|>' + message.role }}
+    {%- if message.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}
+    {%- set is_answer = loop.last and message.role == 'assistant' %}
+    {{- '<|message|>' + message.content + ('<|return|>' if is_answer else '<|end|>') }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
 TEMPLATES = {
     "llama3": LLAMA3, "chatml": CHATML, "chatml_marked": CHATML_MARKED, "qwen3": QWEN3,
     "qwen3_thinking": QWEN3_THINKING, "deepseek_r1": DEEPSEEK_R1, "gemma": GEMMA, "phi3": PHI3,
-    "mistral": MISTRAL, "zephyr": ZEPHYR, "glm4": GLM4,
+    "mistral": MISTRAL, "zephyr": ZEPHYR, "glm4": GLM4, "gpt_oss": GPT_OSS,
 }
 NO_SYSTEM = ("gemma",)  # templates that refuse a system message
 THINKING = ("qwen3", "qwen3_thinking")  # templates that keep the last answer's thinking
@@ -215,6 +225,9 @@ _SPECIAL = {
                 "unk_token": "<unk>"}, "<s>"),
     "glm4": (["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"],
              {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, "[gMASK]<sop>"),
+    "gpt_oss": (["<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>", "<|end|>",
+                 "<|message|>"],
+                {"eos_token": "<|return|>", "pad_token": "<|endoftext|>"}, ""),
     "gpt2": (["<|endoftext|>"],
              {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
               "unk_token": "<|endoftext|>"}, ""),

@@ -13,7 +13,7 @@ from common import InputError
 from sft import IGNORE, SFTConfig, SFTTrainer, encode
 
 END = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>", "zephyr": "</s>",
-       "deepseek_r1": "<|end|>", "glm4": "", "phi3": "<|end|>"}
+       "deepseek_r1": "<|end|>", "glm4": "", "phi3": "<|end|>", "gpt_oss": "<|end|>"}
 # the generation prompt of the second ends with "<think>\n", whose newline and the next are a token
 NO_THOUGHT = {"qwen3": "<think>\n\n</think>\n\n", "qwen3_thinking": "\n\n</think>\n\n"}
 
@@ -31,11 +31,14 @@ def trained_text(tokenizer, ids, mask):
 
 def expected(name, chat):
     """What the assistant writes: the contents, behind what opens the last, each with its end."""
-    texts = [turn["content"].strip() + END.get(name, "<|im_end|>") for turn in chat
+    opening = "<|channel|>final<|message|>" if name == "gpt_oss" else ""
+    texts = [opening + turn["content"].strip() + END.get(name, "<|im_end|>") for turn in chat
              if turn["role"] == "assistant"]
     texts[-1] = NO_THOUGHT.get(name, "") + texts[-1]
     if name == "phi3":
         texts[-1] += "\n<|endoftext|>"
+    if name == "gpt_oss":
+        texts[-1] = texts[-1].replace("<|end|>", "<|return|>")
     return texts
 
 
@@ -97,19 +100,28 @@ def test_a_tool_call_is_in_the_loss_and_the_tools_are_in_the_prompt():
     assert "strict" not in tokenizer.decode(ids)
 
 
+def test_a_call_of_a_function_without_arguments_is_in_the_loss():
+    tokenizer = chat_tokenizer("qwen3")
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (text,) = trained_text(tokenizer, *chats.tokenize_chat(
+        tokenizer, [{"role": "user", "content": "What time is it?"}, answer]))
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>'
+    assert text == "<think>\n\n</think>\n\n" + call
+
+
 def test_arrow_s_nulls_and_template_arguments():
     tokenizer = chat_tokenizer("qwen3")
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-    answer = {"role": "assistant", "tool_calls": [call]}
-    conversations = [CHATS["one turn"], [CHATS["one turn"][0], answer]]
-    arrow = Dataset.from_list([{"messages": chat} for chat in conversations])
-    for chat, row in zip(conversations, arrow, strict=True):
+    talks = [CHATS["one turn"], [CHATS["one turn"][0], {"role": "assistant", "tool_calls": [call]}]]
+    arrow = Dataset.from_list([{"messages": chat} for chat in talks])
+    for chat, row in zip(talks, arrow, strict=True):
         want = chats.tokenize_chat(tokenizer, chat)
         assert chats.tokenize_chat(tokenizer, row["messages"]) == want
     row = {"chat_template_kwargs": {"enable_thinking": False}}
-    prompt = chats.chat_ids(tokenizer, conversations[0][:1], row, add_generation_prompt=True)
+    prompt = chats.chat_ids(tokenizer, talks[0][:1], row, add_generation_prompt=True)
     assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
-    text = chats.tokenize_chat(tokenizer, conversations[0], row)
+    text = chats.tokenize_chat(tokenizer, talks[0], row)
     assert trained_text(tokenizer, *text) == ["The plot was bland.<|im_end|>"]
 
 
@@ -176,15 +188,18 @@ def test_rows_cut_or_dropped_are_counted_with_the_first_number(tmp_path, capsys)
     trainer = make_sft(tmp_path, chat_tokenizer("llama3"), rows, assistant_only_loss=True,
                        max_seq_length=70)
     out = capsys.readouterr().out
-    assert "truncated 1 of 4 rows" in out and "dropped 2 of 4 rows of train_dataset, row 1" in out
+    assert "train_dataset: truncated 1 of 4 rows, row 3 the first: longer than" in out
+    assert "train_dataset: dropped 2 of 4 rows, row 1 the first: no token in the loss" in out
     assert len(trainer.train_dataset) == 2
     last = trainer.train_dataset[1]["input_ids"]
     assert len(last) == 70 and last[-1] != trainer.tokenizer.eos_token_id
 
 
-def test_the_end_of_a_chat_s_answers_is_one_of_the_saved_model_s(tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_end_of_a_chat_s_answers_is_one_of_the_saved_model_s(packing, tmp_path):
     tokenizer = chat_tokenizer("gemma")  # its EOS is not what ends a turn
-    trainer = make_sft(tmp_path, tokenizer, [{"messages": CHATS["one turn"]}] * 2)
+    trainer = make_sft(tmp_path, tokenizer, [{"messages": CHATS["one turn"]}] * 2, packing=packing,
+                       max_seq_length=30)
     trainer.save_model(str(tmp_path / "out"))
     saved = type(trainer.model).from_pretrained(tmp_path / "out").generation_config.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<end_of_turn>") in saved
@@ -205,7 +220,8 @@ def test_a_chat_that_is_too_long_is_dropped_and_keeps_its_generation_prompt(tmp_
 
 @pytest.mark.parametrize("name, end", [
     ("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("gemma", "<end_of_turn>"),
-    ("phi3", "<|end|>"), ("mistral", "</s>"), ("glm4", None), ("gpt2", None)])
+    ("phi3", "<|end|>"), ("mistral", "</s>"), ("gpt_oss", "<|return|>"), ("glm4", None),
+    ("gpt2", None)])
 def test_a_response_ends_with_the_template_s_token(name, end):
     tokenizer = chat_tokenizer(name)
     got = chats.chat_end_id(tokenizer)

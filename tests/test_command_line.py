@@ -3,6 +3,7 @@
     python -m pytest -q tests/test_command_line.py
 """
 import dataclasses
+import errno
 import functools
 import io
 import os
@@ -13,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -27,6 +29,7 @@ import machinery
 import ppo
 import reward
 import sft
+from common import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -142,6 +145,10 @@ def test_help_describes_the_script_and_each_of_its_options_without_a_network(scr
         assert options[flag_of(name)].endswith((".", ")")), f"{name}: {options[flag_of(name)]}"
 
 
+def names(config):
+    return {field.name for field in dataclasses.fields(config)}
+
+
 def absent(script):
     """-> the fields of the config that `--help` does not list."""
     names = {field.name for field in dataclasses.fields(CONFIGS[script]) if field.init}
@@ -151,8 +158,10 @@ def absent(script):
 @every_script
 def test_help_lists_every_field_but_those_that_are_known_at_run_time(script):
     """The documented fields that no user sets: PPO's sizes over all ranks, and the model's kind."""
-    hidden = {"ppo": KNOWN_AT_RUN_TIME, "reward": set(machinery.RETIRED), "dpo": {"share_prompts"},
-              "ddpo": {"train_times_per_pass"}}
+    retired = set(machinery.RETIRED)
+    hidden = {"ppo": KNOWN_AT_RUN_TIME, "reward": retired, "ddpo": {"train_times_per_pass"},
+              "sft": retired | names(machinery.SFTArguments), "iterative_sft": retired,
+              "dpo": retired | names(machinery.DPOArguments) | {"share_prompts"}}
     known = hidden.get(script, set())
     assert (
         absent(script) - {"parallelism_config"} == known
@@ -163,6 +172,16 @@ def test_help_lists_every_field_but_those_that_are_known_at_run_time(script):
 def test_a_value_that_is_known_at_run_time_can_not_be_given(name):
     status, _, err = start("ppo", flag_of(name), 3)
     assert status != 0 and flag_of(name) in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "iterative_sft"])
+def test_the_configs_on_trainer_take_the_names_of_transformers_4(script, tmp_path):
+    config = CONFIGS[script](output_dir=str(tmp_path), evaluation_strategy="steps", eval_steps=5,
+                             warmup_ratio=0.1, no_cuda=True, group_by_length=True, report_to=None)
+    assert (config.eval_strategy, config.warmup_steps, config.use_cpu) == ("steps", 0.1, True)
+    assert config.train_sampling_strategy == "group_by_length" and config.report_to == []
+    with pytest.raises(InputError, match="logging_dir='x'.*TENSORBOARD_LOGGING_DIR"):
+        CONFIGS[script](output_dir=str(tmp_path), logging_dir="x")
 
 
 # ------------------------------------------------------------------------------ documented commands
@@ -388,6 +407,25 @@ def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "argv", ["mine.py"])
     with pytest.raises(ZeroDivisionError):
+        machinery.run(main, ppo.PPOConfig)
+
+
+@pytest.mark.parametrize("error, says_so", [
+    (OSError(errno.ENOSPC, "no space"), True), (RuntimeError("unexpected pos 64 vs 0"), False)])
+def test_a_full_disk_is_one_sentence(error, says_so, monkeypatch, tmp_path):
+    """torch.save's own error has no word of a disk, which is full for another file, too."""
+
+    def main(config):
+        """Fail."""
+        if not says_so:
+            monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+        raise error
+
+    def fail(dir):
+        raise OSError(errno.EDQUOT, "quota")
+
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^mine.py: error: output_dir={tmp_path}: .* full; free"):
         machinery.run(main, ppo.PPOConfig)
 
 

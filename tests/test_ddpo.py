@@ -25,6 +25,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
+from huggingface_hub import HfApi
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -154,7 +155,8 @@ def images_of(pipeline, prompts=PROMPTS, negative="", guidance=5.0, steps=4, eta
     """Images of a project pipeline for prompts, from a seed."""
     embeds = pipeline.encode(prompts)
     negative = pipeline.encode([negative]).expand_as(embeds)
-    return pipeline(embeds, negative, steps, guidance, eta,
+    return pipeline(prompt_embeds=embeds, negative_prompt_embeds=negative, eta=eta,
+                    num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
                     generator=torch.Generator().manual_seed(seed)).images
 
 
@@ -274,7 +276,7 @@ def test_the_output_of_the_pipeline_has_every_latent_and_every_log_probability(k
     pipeline = make_pipeline()
     embeds = pipeline.encode(PROMPTS[:2])
     assert embeds.shape == (2, 8, 16)
-    output = pipeline(embeds, None, 5, output_type=kind)
+    output = pipeline(prompt_embeds=embeds, num_inference_steps=5, eta=1.0, output_type=kind)
     assert [x.shape for x in output.latents] == [(2, 4, 8, 8)] * 6
     assert [x.shape for x in output.log_probs] == [(2,)] * 5
     shapes = {"pt": (2, 3, 16, 16), "np": (2, 16, 16, 3), "latent": (2, 4, 8, 8)}
@@ -282,6 +284,21 @@ def test_the_output_of_the_pipeline_has_every_latent_and_every_log_probability(k
         assert [image.size for image in output.images] == [(16, 16)] * 2
     else:
         assert tuple(output.images.shape) == shapes[kind]
+
+
+def test_a_pipeline_draws_texts_as_trl_0_7_10_s_did(make_pipeline, tiny):
+    """Its page: pipeline(["squirrel", "crab"]).images[0].save("squirrel.png")"""
+    pipeline = make_pipeline()
+    plain = StableDiffusionPipeline.from_pretrained(tiny)
+    want = images_of_diffusers(plain, PROMPTS[:2], guidance=7.5)
+    seed = {"generator": torch.Generator().manual_seed(3), "num_inference_steps": 4}
+    got = pipeline(PROMPTS[:2], eta=1.0, output_type="pt", **seed).images
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    seed["generator"].manual_seed(3)
+    other = pipeline(PROMPTS[:2], negative_prompt="red", eta=1.0, output_type="pt", **seed).images
+    assert (other - want).abs().max() > 1e-3
+    (image,) = pipeline("a crab", height=32, width=24, num_inference_steps=1).images
+    assert image.size == (24, 32)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -363,7 +380,7 @@ def test_a_prompt_is_drawn_once_for_all_of_its_images(make_trainer):
                            pictures_per_prompt=2, sample_batch_size=1, train_batch_size=1,
                            sample_num_batches_per_epoch=6, train_learning_rate=0.0)
     turn, kept = iter(range(100)), []
-    trainer.prompt_function = lambda: ("a red circle", {"n": 10 ** next(turn)})
+    trainer.prompt_fn = lambda: ("a red circle", {"n": 10 ** next(turn)})
     trainer.image_samples_callback = lambda pairs, *args: kept.extend(pairs)
     trainer.step(0, 0)
     assert [metadata[0]["n"] for _, _, metadata, _, _ in kept] == [1, 1, 10, 10, 100, 100]
@@ -739,7 +756,7 @@ def test_prompts_metadata_and_rewards_stay_together(make_trainer):
 
     trainer = make_trainer(reward, hook=lambda *args: kept.append(args))
     turn = iter(range(100))
-    trainer.prompt_function = lambda: (PROMPTS[(i := next(turn)) % 4], {"row": i})
+    trainer.prompt_fn = lambda: (PROMPTS[(i := next(turn)) % 4], {"row": i})
     assert trainer.step(3, 10) == 12
     (pairs, step, tracker), = kept
     assert tracker is None and step == 10 and len(pairs) == 2
@@ -919,6 +936,21 @@ def test_what_is_saved_opens_in_diffusers_and_gives_the_same_images(use_lora, ma
         assert adapter.lora_alpha == 16
         assert torch.equal(trained(loaded.unet), trained_part(trainer))
         torch.testing.assert_close(images_of(loaded), images_of(trainer.sd_pipeline))
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(make_trainer, tmp_path, monkeypatch):
+    sent = []
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **kwargs):
+        sent.append((repo_id, {path.name for path in Path(folder_path).iterdir()}, kwargs))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: self.token)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer = make_trainer(use_lora=True)
+    trainer.push_to_hub("me/it", token="t", create_pr=True)
+    trainer._save_pretrained(tmp_path / "saved")
+    files = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert sent == [("me/it", files, {"create_pr": True})] and "README.md" in files
 
 
 def test_the_text_encoder_part_of_a_lora_is_saved_too(tiny, make_trainer, tmp_path):

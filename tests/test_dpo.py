@@ -665,27 +665,28 @@ def test_a_template_that_refuses_a_chat_is_one_sentence_with_the_row(make):
         make(hf_model("llama", vocab_size=300), rows=rows, tokenizer=chat_tokenizer("gemma"))
 
 
-def test_pairs_that_differ_only_in_what_the_template_strips_are_equal(make):
+def test_pairs_that_differ_only_in_what_the_template_strips_are_equal(make, capsys):
     tokenizer = chat_tokenizer("qwen3")
     tokenizer.chat_template = tokenizer.chat_template.replace(" and loop.last", " and false")
     answers = [assistant(f"<think>{thought}</think>yes") for thought in ("so", "hm")]
     rows = [row([A], [YES_A], [NO_A]), row([A], *([answer] for answer in answers))]
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="leaves thinking out"):
         trainer = make(hf_model("llama", vocab_size=300), rows=rows, tokenizer=tokenizer)
-    said = "\n".join(str(warning.message) for warning in seen)
-    assert "dropped 1 of 2 rows, row 1 the first, 0 with an empty prompt" in said
-    assert "leaves thinking out" in said and len(trainer.train_dataset) == 1
+    said = capsys.readouterr().out
+    assert "dropped 1 of 2 rows, row 1 the first: 0 with an empty prompt" in said
+    assert len(trainer.train_dataset) == 1
 
 
-def test_truncated_rows_are_counted_and_lose_the_end_not_the_generation_prompt(make, split_chat):
+def test_truncated_rows_are_counted_and_lose_the_end_not_the_generation_prompt(
+        make, split_chat, capsys):
     prompt = RENDERED["chatml"][0]
     texts = split_chat("chatml", row("a" * 99, [assistant("y" * 99)], [NO_A]), max_length=60,
                        max_prompt_length=40)
     assert texts[0].endswith(prompt[-20:]) and texts[1] == "y" * 20
     assert texts[2] == "no<|im_end|>"
-    with pytest.warns(UserWarning, match="train_dataset: truncated 4 of 6 rows, row 0 the first, "
-                                         "to max_length=6 "):
-        make(max_length=6, max_prompt_length=5)
+    make(max_length=6, max_prompt_length=5)
+    assert ("train_dataset: truncated 4 of 6 rows, row 0 the first: longer than max_length=6 and "
+            "max_prompt_length=5") in capsys.readouterr().out
 
 
 def test_an_empty_prompt_is_bos_so_that_the_first_token_counts_and_samples_begin(
@@ -760,14 +761,15 @@ def test_tokenised_rows_are_cached_whatever_the_reference_is(make, tmp_path):
     assert caches[0] == caches[1] > 0
 
 
-def test_rows_without_information_are_dropped_and_counted(make):
+def test_rows_without_information_are_dropped_and_counted(make, capsys):
     same = row("w4", " w5", " w5")
     rows = [row("w4", "", " w5"), *ROWS, same, row("w4", " w5", ""), same]
-    with pytest.warns(UserWarning, match=r"train_dataset.*\b4\b.*\b10\b.*\b2\b.*\b2\b"):
-        trainer = make(rows=rows)
+    trainer = make(rows=rows)
+    assert ("train_dataset: dropped 4 of 10 rows, row 0 the first: 2 with an empty prompt or "
+            "answer, 2 with two equal answers") in capsys.readouterr().out
     kept = make().train_dataset
     assert trainer.train_dataset["chosen_labels"][:] == kept["chosen_labels"][:]
-    with pytest.raises(InputError, match="train_dataset"), pytest.warns(UserWarning):
+    with pytest.raises(InputError, match="train_dataset"):
         make(rows=rows[-2:])
 
 
@@ -987,6 +989,57 @@ def test_a_subclass_may_replace_the_forward_pass(make_args, tokenizer):
     agree(metrics[1]["logps/rejected"], metrics[0]["logps/rejected"])
 
 
+class TokenizesRows(DPOTrainer):
+    def tokenize_row(self, feature, model=None):  # the worse answer is the better one
+        feature = {**feature, "chosen": feature["rejected"], "rejected": feature["chosen"]}
+        return super().tokenize_row(feature, model)
+
+
+class TokenizesAnswers(DPOTrainer):
+    def build_tokenized_answer(self, prompt, answer):  # by itself, backwards
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids
+               for text in (prompt, answer)]
+        return {"prompt_input_ids": ids[0], "prompt_attention_mask": [1] * len(ids[0]),
+                "input_ids": ids[1][::-1], "attention_mask": [1] * len(ids[1])}
+
+
+class ComputesLoss(DPOTrainer):
+    def get_batch_loss_metrics(self, model, batch, train_eval="train"):  # as in TRL 0.7.10
+        chosen, rejected, chosen_logits, _ = self.concatenated_forward(model, batch)
+        with torch.no_grad():
+            reference = self.concatenated_forward(self.ref_model, batch)[:2]
+        losses, chosen_rewards, _ = self.dpo_loss(chosen, rejected, *reference)
+        metrics = {f"rewards/{side}": chosen_rewards.mean().cpu() for side in ANSWERS}
+        metrics.update({f"logps/{side}": chosen.detach().mean() for side in ANSWERS})
+        return 2 * losses.mean(), {**metrics, "mine": 7.0}
+
+
+class ReadsLogits(DPOTrainer):
+    @staticmethod
+    def get_batch_logps(*args, **kwargs):
+        return 2 * DPOTrainer.get_batch_logps(*args, **kwargs)
+
+
+def test_what_a_subclass_replaces_is_what_is_trained(make_args, tokenizer):
+    def train(kind):
+        trainer = kind(hf_model("gpt2"), args=make_args(max_steps=1), tokenizer=tokenizer,
+                       train_dataset=Dataset.from_list(ROWS))
+        trainer.train()
+        answers = [[token for token in labels if token != -100]
+                   for labels in trainer.train_dataset["chosen_labels"]]
+        return lines(trainer)[0], answers
+
+    plain, answers = train(DPOTrainer)
+    swapped, swapped_answers = train(TokenizesRows)
+    assert swapped_answers[0] == [9, 10, 11, EOS] and answers[0] == [7, 8, EOS]
+    agree(swapped["logps/chosen"], plain["logps/rejected"])
+    assert train(TokenizesAnswers)[1][:2] == [[8, 7, EOS], [16, 15, 14, 13, EOS]]
+    own = train(ComputesLoss)[0]
+    assert own["loss"] == pytest.approx(2 * LN2, abs=1e-4) and own["mine"] == 7
+    doubled = train(ReadsLogits)[0]
+    agree(doubled["logps/chosen"], 2 * plain["logps/chosen"])
+
+
 # -------------------------------------------------------- the reference
 @pytest.mark.parametrize("arch", (*CAUSAL, *SEQ2SEQ))
 def test_the_first_loss_is_ln_2_with_dropout_everywhere(arch, make):
@@ -1018,11 +1071,16 @@ REFERENCES = {
     "another model": lambda: {"model": hf_model("gpt2"), "ref_model": hf_model("gpt2", seed=1)},
     "base of a fresh adapter": lambda: {"model": hf_model("gpt2"), "peft_config": gpt2_lora()},
     "trained adapter as it was": lambda: {"model": trained_lora()},
+    "trained adapter, merged": lambda: {"model": trained_lora(), "peft_config": gpt2_lora()},
+    "another model and a fresh adapter": lambda: {
+        "model": hf_model("gpt2"), "ref_model": hf_model("gpt2", seed=1),
+        "peft_config": gpt2_lora()},
     "adapter by name": lambda: {"model": two_adapters(), "model_adapter_name": "policy",
                                 "ref_adapter_name": "reference"}}
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.filterwarnings("ignore:peft_config.*merged")
 def test_training_moves_the_policy_and_not_the_reference(kind, make):
     given = REFERENCES[kind]()
     if kind == "adapter by name":
@@ -1045,12 +1103,16 @@ def test_training_moves_the_policy_and_not_the_reference(kind, make):
     assert (policy - want).abs().max() > 0.1
     agree(policy, plain_logps(trainer.model, trainer), atol=2e-5)  # it is the policy again
     names = moved(before, trainer.model)
-    part = {"base of a fresh adapter": "lora_", "trained adapter as it was": "lora_",
-            "adapter by name": ".policy."}.get(kind, "")
+    part = ".policy." if kind == "adapter by name" else "lora_" if "adapter" in kind else ""
     trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert names and names <= trains and all(part in name for name in trains)
-    if kind not in ("another model", "adapter by name"):
+    if kind != "adapter by name" and not kind.startswith("another model"):
         assert losses(trainer)[0] == pytest.approx(LN2, abs=1e-5)
+
+
+def test_a_merged_adapter_is_to_be_saved_by_the_user(make):
+    with pytest.warns(UserWarning, match="peft_config.*merged.*save"):
+        make(trained_lora(), peft_config=gpt2_lora())
 
 
 def test_models_by_name(make_args, tokenizer, tmp_path):
@@ -1059,6 +1121,9 @@ def test_models_by_name(make_args, tokenizer, tmp_path):
                          train_dataset=Dataset.from_list(ROWS),
                          model_init_kwargs={"dtype": "bfloat16"},
                          ref_model_init_kwargs={"dtype": "float16"})
+    hf_model("gpt2").half().save_pretrained(tmp_path / "half")
+    plain = DPOTrainer(str(tmp_path / "half"), args=make_args(), tokenizer=tokenizer)
+    assert plain.model.dtype == plain.ref_model.dtype == torch.float32
     assert trainer.model.dtype == torch.bfloat16 and trainer.ref_model.dtype == torch.float16
     agree(trainer.ref_model.lm_head.weight, hf_model("gpt2", seed=5).lm_head.weight, atol=1e-3)
 
@@ -1397,6 +1462,25 @@ def test_the_fields_of_a_config_are_the_arguments_of_the_trainer(make, tokenizer
         agree(other, losses(direct))
 
 
+def test_the_config_holds_the_trainer_s_arguments_as_in_later_trl(tokenizer, tmp_path):
+    hf_model("gpt2").save_pretrained(tmp_path / "model")
+    kwargs = {"dtype": "bfloat16"}
+    fields = {"disable_dropout": False, "is_encoder_decoder": False, "label_pad_token_id": -7,
+              "padding_value": 5}
+    args = own_config(tmp_path, model_init_kwargs=kwargs, ref_model_init_kwargs=kwargs, **fields)
+    trainer = DPOTrainer(str(tmp_path / "model"), str(tmp_path / "model"), args=args,
+                         processing_class=tokenizer, train_dataset=Dataset.from_list(ROWS))
+    assert trainer.model.dtype == trainer.ref_model.dtype == torch.bfloat16
+    assert {name: getattr(trainer, name) for name in fields} == fields
+    batch = batch_of(trainer)
+    assert (batch["chosen_labels"] == -7).any() and (batch["chosen_input_ids"] == 5).any()
+    args = own_config(tmp_path, model_adapter_name="policy", ref_adapter_name="reference",
+                      report_to=None)
+    trainer = DPOTrainer(two_adapters(), args=args, processing_class=tokenizer,
+                         train_dataset=Dataset.from_list(ROWS))
+    assert trainer.model.active_adapter == "policy" and trainer.reference_adapter == "reference"
+
+
 def test_an_argument_wins_over_a_field_that_is_not_set_and_two_that_disagree_are_refused(
         tokenizer, tmp_path):
     args = own_config(tmp_path, loss_type="ipo")
@@ -1676,7 +1760,8 @@ def test_samples_are_of_a_few_prompts_of_the_set_other_ones_at_other_steps(make)
     ({"rows": [{"prompt": "w4", "chosen": "w5"}]}, "train_dataset.*rejected"),
     ({"rows": [row("w4", "w5", 7)]}, "rejected.*7"),
     ({"rows": [ROWS[0], row(None, "w5", "w6")]}, "prompt.*None"),
-    ({"rows": None, "train_dataset": ROWS}, "train_dataset.*list")])
+    ({"rows": None, "train_dataset": ROWS}, "train_dataset.*list"),
+    ({"rows": None, "train_dataset": {"train": ROWS}}, "train_dataset=dict.*train")])
 def test_bad_input_names_the_argument_and_the_value(kwargs, names, make):
     with pytest.raises(InputError, match=names):
         make(**kwargs)
@@ -1686,10 +1771,6 @@ def test_a_reference_that_would_train_along_is_refused(make):
     model = hf_model("gpt2")
     with pytest.raises(InputError, match="ref_model"):
         make(model, model)
-    with pytest.raises(InputError, match="ref_model.*peft_config"):
-        make(model, hf_model("gpt2", seed=1), peft_config=lora())
-    with pytest.raises(InputError, match="peft_config"):
-        make(trained_lora(), peft_config=lora())
 
 
 def test_a_reference_without_effect_is_refused(make):

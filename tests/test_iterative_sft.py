@@ -470,8 +470,9 @@ def test_a_rank_in_the_config_puts_an_adapter_on_the_model(config, arch):
     assert trainer.model.peft_config["default"].r == 2
     assert all("lora" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
     assert trainer.step(tokens(5, 9))["grad_norm"] > 0
-    with pytest.raises(InputError, match="peft_config.*adapter"):
-        IterativeSFTTrainer(lora(still("llama")), config(lora_r=2))
+    with pytest.warns(UserWarning, match="lora_r.*has no effect"):
+        trainer = IterativeSFTTrainer(lora(still("llama")), config(lora_r=3))
+    assert trainer.model.peft_config["default"].r == lora(still("llama")).peft_config["default"].r
 
 
 @pytest.mark.parametrize("fields, names", [
@@ -506,6 +507,23 @@ def test_an_argument_that_can_not_be_honored_is_an_error_with_its_name(make, fie
 def test_lists_of_token_ids_are_as_good_as_tensors(make):
     rows = tokens(5, 7)
     assert make().step([row.tolist() for row in rows]) == make().step(rows)
+
+
+def test_columns_of_a_dataset_are_as_good_as_lists(make):
+    rows = [row.tolist() for row in tokens(5, 9, 4)]
+    dataset = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+    stats = make().step(input_ids=dataset["input_ids"], labels=dataset["labels"])
+    assert stats == make().step(input_ids=rows, labels=rows)
+    stats = make().step(input_ids=dataset.with_format("torch")["input_ids"])
+    assert stats == make().step(input_ids=rows)
+    with pytest.raises(InputError, match="texts is a str"):
+        make().step(texts="w4 w5")
+
+
+def test_processing_class_is_another_name_for_tokenizer(make, tokenizer):
+    trainer = make(parts={"tokenizer": None, "processing_class": tokenizer}, report_to=None)
+    assert trainer.tokenizer is tokenizer
+    assert trainer.step(texts=["w4 w5 w6"])["tokens"] == 2
 
 
 def test_labels_default_to_the_inputs(make):

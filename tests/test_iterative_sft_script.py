@@ -419,8 +419,6 @@ def test_lora_trains_resumes_and_continues_from_its_folder(tmp_path):
     more = tmp_path / "more"
     main(small(more, num_train_epochs=1, learning_rate=1e-2, model_name=str(tmp_path / "whole")))
     assert weights_of(more, name) != weights_of(tmp_path / "whole", name)
-    with pytest.raises(InputError, match="adapter"):
-        main(small(tmp_path / "two", model_name=str(tmp_path / "whole"), **fields))
 
 
 def test_weights_may_be_bfloat16(tmp_path):
@@ -456,8 +454,8 @@ def test_a_run_that_ends_early_is_resumed_to_the_same_numbers(tmp_path, reward, 
     assert not (cut / "model.safetensors").exists()
     main(small(cut, reward_model=reward.name, resume_from_checkpoint=str(cut), **fields))
     assert_same_run(cut, whole)
-    with pytest.raises(InputError, match="checkpoint-6"):  # there is nothing left to do
-        main(small(cut, reward_model=reward.name, resume_from_checkpoint=str(cut), **fields))
+    main(small(cut, reward_model=reward.name, resume_from_checkpoint=str(cut), **fields))
+    assert_same_run(cut, whole)  # a finished run that is resumed changes nothing
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(tmp_path, monkeypatch):

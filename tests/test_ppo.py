@@ -13,9 +13,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import CAUSAL, EOS, PAD, ROWS, SEQ2SEQ, VOCAB
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +28,14 @@ from transformers import (
 )
 
 import ppo
-from common import AutoModelForCausalLMWithValueHead, InputError, disable_dropout, set_seed
+from common import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    InputError,
+    disable_dropout,
+    logprobs_from_logits,
+    set_seed,
+)
 
 EVERY = CAUSAL + SEQ2SEQ
 FEW = ("gpt2", "qwen3", "t5", "bart")  # learned and rotary positions, relative ones, two stacks
@@ -94,6 +103,12 @@ def assert_same_weights(one, two):
             a, b, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def step(trainer, *args, **kwargs):
+    """The statistics of a step as tensors, which are easier to compare."""
+    stats = trainer.step(*args, **kwargs)
+    return {name: torch.as_tensor(value) for name, value in stats.items()}
+
+
 class Say(LogitsProcessor):
     """Force these tokens: the same in all rows, or (a tuple) one for each row."""
 
@@ -155,7 +170,7 @@ def test_an_old_name_sets_the_new_one(old, value, new, want):
 
 
 @pytest.mark.parametrize("wrong, named", [
-    ({"batch_size": 6, "mini_batch_size": 4}, "batch_size=6"),
+    ({"batch_size": 6, "mini_batch_size": 4}, "batch_size=6.* to mini_batch_size=2 "),
     ({"batch_size": 6, "mini_batch_size": 2, "gradient_accumulation_steps": 2}, "batch_size=6"),
     *(({name: 0}, f"{name}=0") for name in (
         "steps", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs",
@@ -217,7 +232,7 @@ def test_sampling_scoring_and_training_have_one_precision(
     trainer.generate(queries, generate_ref_response=True, do_sample=True, max_new_tokens=2)
     assert set(seen) == without_gradient
     seen.clear()
-    stats = trainer.step(queries, responses, scores)
+    stats = step(trainer, queries, responses, scores)
     assert set(seen) == without_gradient | {("policy", True, half)}
     # the sums over a vocabulary, the value head, and the weights keep float32
     _, _, values, _ = trainer.batched_forward_pass(
@@ -337,6 +352,44 @@ def test_logprobs_and_values_are_those_of_each_row_alone(
     assert not logprobs[masks == 0].any() and not values[masks == 0].any()
 
 
+T5 = {"d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+BART = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+        **{f"{part}_{what}": n for part in ("encoder", "decoder")
+           for what, n in (("layers", 1), ("attention_heads", 2))}}
+ENCODER_DECODERS = {  # as many as TRL 0.7.10's own tests list, with Bart and T5
+    "BigBirdPegasus": {**BART, "attention_type": "original_full"}, "Blenderbot": BART,
+    "FSMT": {**BART, "langs": ["a", "b"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB},
+    "LED": {**BART, "attention_window": 4}, "LongT5": {**T5, "local_radius": 4}, "M2M100": BART,
+    "Marian": BART, "MBart": BART, "MT5": T5, "Mvp": BART, "Pegasus": BART,
+    "PegasusX": {**BART, "num_global_tokens": 4, "block_size": 4}, "PLBart": BART,
+    "ProphetNet": {"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+                   **{f"num_{part}_{what}": n for part in ("encoder", "decoder")
+                      for what, n in (("layers", 1), ("attention_heads", 2))}},
+    "SwitchTransformers": {**T5, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+                           "num_experts": 2, "expert_capacity": 64}}
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_encoder_decoders_of_every_kind_are_trained_on_the_logprobs_of_each_row_alone(
+        kind, make_trainer, make_batch, weights, moved):
+    sizes = {"d_model": 32, "max_position_embeddings": 64, "vocab_size": VOCAB, "pad_token_id": PAD,
+             "eos_token_id": EOS, "decoder_start_token_id": EOS, **ENCODER_DECODERS[kind]}
+    sizes = {name: n for name, n in sizes.items() if kind != "FSMT" or name != "vocab_size"}
+    head = "MTModel" if kind == "Marian" else "ForConditionalGeneration"
+    torch.manual_seed(0)
+    model = getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**sizes))
+    model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(model)
+    torch.nn.init.normal_(model.v_head.summary.weight, std=0.3)
+    trainer, before = make_trainer(model), weights(model)
+    queries, responses, scores = make_batch(start=EOS)
+    alone = [by_hand(model.eval(), q, r) for q, r in zip(queries, responses, strict=True)]
+    logprobs, values, mask = forward(trainer, queries, responses)
+    want = [torch.cat(column) for column in zip(*(row[1:] for row in alone), strict=True)]
+    torch.testing.assert_close([logprobs[mask > 0], values[mask > 0]], want, atol=1e-4, rtol=1e-4)
+    trainer.step(queries, responses, scores)
+    assert len(moved(before, model)) > len(before) / 2
+
+
 @pytest.mark.parametrize("arch", ["gpt2", "t5"])
 def test_a_large_batch_has_the_logprobs_of_its_rows(arch, make_trainer, make_batch):
     """However the rows are divided into forward passes."""
@@ -355,7 +408,7 @@ def test_a_large_batch_has_the_logprobs_of_its_rows(arch, make_trainer, make_bat
 def test_the_ratio_is_one_until_the_first_optimizer_step(arch, make_trainer, make_batch):
     """P2, P32: dropout, padding, or temperature on one side alone would break it."""
     trainer = make_trainer(arch, mini_batch_size=2, gradient_accumulation_steps=2, temperature=0.8)
-    stats = trainer.step(*make_batch(start=START.get(arch)))
+    stats = step(trainer, *make_batch(start=START.get(arch)))
     torch.testing.assert_close(stats["ppo/policy/ratio"], ones(14), **CLOSE)
     assert stats["ppo/policy/approxkl"] < 1e-9 and stats["ppo/policy/clipfrac"] == 0
 
@@ -652,7 +705,8 @@ def test_settings_that_change_nothing_are_not_warned_about(temperature, make_tra
     plain = sampled(trainer)
     off = {"min_length": -1, "top_k": 0.0, "top_p": 1.0, "repetition_penalty": 1.0,
            "typical_p": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "use_cache": True,
-           "max_time": 99.0, "num_beams": 1, "pad_token_id": EOS, "temperature": temperature}
+           "max_time": 99.0, "num_beams": 1, "length_penalty": 1.0,
+           "early_stopping": False, "pad_token_id": EOS, "temperature": temperature}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sampled(trainer, **off) == plain
@@ -753,7 +807,7 @@ def test_the_tokenizer_s_padding_side_changes_nothing(
     for side in ("right", "left"):
         trainer = make_trainer(tokenizer=make_tokenizer(padding_side=side), mini_batch_size=2)
         given = masks and [torch.tensor(mask) for mask in masks]
-        stats = trainer.step(*make_batch(), response_masks=given)
+        stats = step(trainer, *make_batch(), response_masks=given)
         results.append((stats["ppo/loss/total"], *trainer.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -793,7 +847,7 @@ def test_masked_tokens_are_read_but_not_counted(arch, make_trainer, make_batch):
     masks = [torch.tensor(start + [1, 0, 0, 1, 1])] * 4
     _, _, mask = forward(trainer, queries, responses, masks=masks)
     assert mask.tolist() == [[1, 0, 0, 1, 1]] * 4
-    stats = trainer.step(queries, responses, scores, masks)
+    stats = step(trainer, queries, responses, scores, masks)
     want = torch.cat([logprob[kept] for _, logprob, _ in alone])
     torch.testing.assert_close(stats["objective/logprobs"], want, **CLOSE)
     entropies = [-(logp.exp() * logp).sum(-1)[kept] for logp, _, _ in alone]
@@ -875,7 +929,7 @@ def test_the_kl_is_measured_from_the_model_given_as_reference(make_trainer, make
     policy, reference = trainer.model, trainer.ref_model
     want = torch.stack([(by_hand(policy, q, r)[1] - by_hand(reference, q, r)[1]).sum()
                         for q, r in zip(queries, responses, strict=True)])
-    stats = trainer.step(queries, responses, scores)
+    stats = step(trainer, queries, responses, scores)
     torch.testing.assert_close(stats["objective/kl_dist"], want, atol=1e-4, rtol=1e-4)
     assert stats["objective/kl"].item() == pytest.approx(want.mean().item(), rel=1e-4)
 
@@ -885,8 +939,8 @@ def test_without_a_reference_a_frozen_copy_of_the_first_policy_is_taken(
     trainer = make_trainer()
     first = weights(trainer.ref_model)
     batch = make_batch()
-    assert trainer.step(*batch)["objective/kl"] == 0
-    assert trainer.step(*batch)["objective/kl"].abs() > 1e-3
+    assert step(trainer, *batch)["objective/kl"] == 0
+    assert step(trainer, *batch)["objective/kl"].abs() > 1e-3
     assert not moved(first, trainer.ref_model)
     assert not any(p.requires_grad for p in trainer.ref_model.parameters())
 
@@ -919,10 +973,10 @@ def test_the_reference_of_an_adapter_is_the_adapter_as_loaded(
     assert trainer.ref_model is None
     queries, responses, scores = make_batch(start=START.get(arch))
     first = [by_hand(trainer.model, q, r)[1] for q, r in zip(queries, responses, strict=True)]
-    stats = trainer.step(queries, responses, scores)
+    stats = step(trainer, queries, responses, scores)
     assert stats["objective/kl_dist"].abs().max() < 1e-4
     for _ in range(2):
-        stats = trainer.step(queries, responses, scores)
+        stats = step(trainer, queries, responses, scores)
     torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(first), **CLOSE)
     assert stats["objective/kl_dist"].abs().max() > 1e-3
 
@@ -959,7 +1013,7 @@ def test_a_reference_given_with_an_adapter_is_used(make_trainer, make_model, mak
     trainer = make_trainer(make_model(lora="fresh"), ref_model=make_model(seed=3))
     queries, responses, scores = make_batch()
     want = [by_hand(trainer.ref_model, q, r)[1] for q, r in zip(queries, responses, strict=True)]
-    stats = trainer.step(queries, responses, scores)
+    stats = step(trainer, queries, responses, scores)
     torch.testing.assert_close(stats["objective/ref_logprobs"], torch.cat(want), **CLOSE)
     assert stats["objective/kl_dist"].abs().max() > 0.1
 
@@ -1152,7 +1206,7 @@ def test_every_batch_of_the_dataloader_takes_as_many_optimizer_steps(make_traine
 
 def test_every_row_is_trained_on_once_per_epoch_in_another_order(make_trainer, make_batch):
     trainer = make_trainer(mini_batch_size=1, ppo_epochs=2, learning_rate=0.0)
-    first, second = trainer.step(*make_batch())["ppo/policy/advantages"].split(14)
+    first, second = step(trainer, *make_batch())["ppo/policy/advantages"].split(14)
     torch.testing.assert_close(first.sort().values, second.sort().values)
     assert not torch.equal(first, second)
 
@@ -1381,7 +1435,7 @@ def two_rows(make_batch, swapped):
 def test_a_dropped_step_leaves_no_trace(how, swapped, make_trainer, make_model, make_batch):
     """Of two micro-batches one goes too far: the step of both is dropped, gradient included."""
     batch, later = two_rows(make_batch, swapped), make_batch(((5, 3), (2, 4)), seed=5)
-    stats = far(make_trainer, make_model, ppo_epochs=2).step(*batch)
+    stats = step(far(make_trainer, make_model, ppo_epochs=2), *batch)
     low, high = stats["ppo/policy/ratio"][8:].view(2, 4).mean(1).sort().values.tolist()
     assert high > 1.2 * low and high > 1.2
     # between the two means, or a KL that either exceeds
@@ -1401,7 +1455,7 @@ def test_early_stopping_compares_the_mean_over_the_epoch_so_far(
     """Of the two minibatches of an optimizer step one goes too far; their mean decides."""
     for swapped in (False, True):
         batch = two_rows(make_batch, swapped)
-        ratio = far(make_trainer, make_model, ppo_epochs=2).step(*batch)["ppo/policy/ratio"]
+        ratio = step(far(make_trainer, make_model, ppo_epochs=2), *batch)["ppo/policy/ratio"]
         kl = (ratio - 1 - ratio.log())[8:].view(2, 4).mean(1)
         assert kl.max() > 1.5 * kl.min()
         for limit, steps in (((kl.mean() + kl.max()) / 2, 2), ((kl.mean() + kl.min()) / 2, 1)):
@@ -1440,7 +1494,7 @@ def test_early_stopping_ends_the_epochs_before_the_step_that_goes_too_far(make_t
     """P13: the last minibatch alone was looked at, after all steps of its epoch."""
     batch = make_batch(((4, 4),) * 8, seed=3)
     sizes = {"batch_size": 8, "mini_batch_size": 2, "ppo_epochs": 3, "learning_rate": 3e-3}
-    kl = running_kl(make_trainer(**sizes).step(*batch), 3, 4)
+    kl = running_kl(step(make_trainer(**sizes), *batch), 3, 4)
     highest = kl.cummax(0).values
     first = next(i for i in range(5, 8) if kl[i] > 1.2 * highest[i - 1])  # in the second epoch
     target = (kl[first] + highest[first - 1]).item() / 2 / 1.5
@@ -1474,6 +1528,79 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_any_weight_moves(
                for name, p in trainer.model.named_parameters())
 
 
+# --------------------------------------------------------------------------- methods of one's own
+class WholeRows(ppo.PPOTrainer):
+    """As in users' trainers: it reads model_inputs, and its columns are those of whole rows."""
+
+    calls, scale = 0, 1.0
+
+    def batched_forward_pass(self, model, queries, responses, model_inputs, return_logits=False,
+                             response_masks=None):
+        type(self).calls += 1
+        ids, masks = model_inputs["input_ids"], model_inputs["attention_mask"][:, 1:].clone()
+        logits, _, values = model(**model_inputs)
+        logprobs = logprobs_from_logits(logits[:, :-1], ids[:, 1:]) * self.scale
+        for mask, query, response in zip(masks, queries, responses, strict=True):
+            mask[:len(query) - 1] = 0
+            mask[len(query) - 1 + len(response):] = 0
+        return logprobs, logits[:, :-1] if return_logits else None, values[:, :-1], masks
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_batched_forward_pass_of_one_s_own_is_what_is_trained(
+        scale, make_trainer, make_model, make_batch, monkeypatch):
+    def start():  # Adam would turn the rounding of a gradient of zero into whole steps
+        model = make_model()
+        return make_trainer(model, optimizer=sgd(model), mini_batch_size=2, ppo_epochs=2)
+
+    plain = start()
+    want = step(plain, *make_batch())
+    monkeypatch.setattr(ppo, "PPOTrainer", WholeRows)
+    WholeRows.calls, WholeRows.scale = 0, scale
+    trainer = start()
+    set_seed(0)  # as far as the first trainer was
+    got = step(trainer, *make_batch())
+    assert WholeRows.calls == 2 + 4  # policy, reference, 2 epochs of 2 minibatches
+    torch.testing.assert_close(got["objective/logprobs"], scale * want["objective/logprobs"],
+                               **CLOSE)
+    if scale == 1:
+        assert_same_weights(trainer.model, plain.model)
+    else:
+        assert got["ppo/loss/total"] != want["ppo/loss/total"]
+
+
+def test_rewards_and_a_penalty_of_one_s_own_are_what_is_trained(
+        make_trainer, make_model, make_batch, monkeypatch):
+    class Own(ppo.PPOTrainer):
+        def _kl_penalty(self, logprob, ref_logprob):
+            return torch.ones_like(logprob)
+
+        def compute_rewards(self, scores, logprobs, ref_logprobs, masks):
+            rewards, non_score, kls = super().compute_rewards(scores, logprobs, ref_logprobs, masks)
+            return rewards + 3 * masks, non_score, kls
+
+    monkeypatch.setattr(ppo, "PPOTrainer", Own)
+    trainer = make_trainer(ref_model=make_model(seed=3), init_kl_coef=0.5, lam=0)
+    queries, responses, _ = make_batch()
+    stats = trainer.step(queries, responses, scores_of(0, 0, 0, 0))
+    assert stats["ppo/mean_non_score_reward"] == -0.5
+    values = forward(make_trainer(), queries, responses)[1]
+    mask = torch.arange(5) < torch.tensor([[len(response)] for response in responses])
+    later = torch.cat([values[:, 1:], torch.zeros(4, 1)], 1)  # with lambda 0: R_t + V_{t+1}
+    want = (3 - 0.5 + later)[mask].mean().item()
+    assert stats["ppo/returns/mean"].item() == pytest.approx(want, rel=1e-4)
+
+
+def test_the_loss_takes_logits_without_a_vocabulary(make_trainer):
+    """As in TRL 0.7.10's own test, with one row: the entropy is then a single number."""
+    logprobs = torch.rand(1, 3)
+    args = (logprobs, logprobs, logprobs.exp(), logprobs + 0.1, logprobs, ones(1, 3).long())
+    _, vf, stats = make_trainer().loss(*args, ones(1, 3), logprobs)
+    assert vf.item() == pytest.approx(0.1 * 0.5 * 0.01)
+    want = torch.distributions.Categorical(logits=logprobs.exp()).entropy().item()
+    assert stats["policy/entropy"].item() == pytest.approx(want, rel=1e-5)
+
+
 # --------------------------------------------------------------------------- statistics
 def test_a_step_returns_all_statistics_that_users_of_trl_read(make_trainer, make_batch):
     names = """objective/kl objective/kl_dist objective/logprobs objective/ref_logprobs
@@ -1488,8 +1615,14 @@ def test_a_step_returns_all_statistics_that_users_of_trl_read(make_trainer, make
         time/ppo/optimize_step time/ppo/calc_stats time/ppo/total""".split()
     stats = make_trainer().step(*make_batch())
     assert set(names) <= set(stats)
-    assert all(math.isfinite(stats[name]) for name in names
-               if not isinstance(stats[name], torch.Tensor))
+    arrays = {name for name in names if isinstance(stats[name], np.ndarray)}
+    assert arrays == {f"objective/{name}" for name in ("kl_dist", "logprobs", "ref_logprobs")} | {
+        f"tokens/{name}_dist" for name in ("queries", "responses")} | {
+        f"ppo/policy/{name}" for name in ("advantages", "ratio")}
+    assert all(math.isfinite(stats[name]) for name in set(names) - arrays)
+    numbers = {name: value for name, value in stats.items() if name not in arrays}
+    assert json.loads(json.dumps(numbers)) == numbers
+    assert np.mean(stats["objective/kl_dist"]) == pytest.approx(stats["objective/kl"])
     parts = [name for name in names if name.startswith("time/") and name != "time/ppo/total"]
     assert 0 < sum(stats[name] for name in parts) <= stats["time/ppo/total"] * 1.001
 
@@ -1521,7 +1654,7 @@ def test_statistics_are_what_their_names_say(make_trainer, make_model, make_batc
         a, r = ppo.gae(value[None], reward[None], ones(1, len(d)), 0.9, 0.8)
         advantages.append(a[0]), returns.append(r[0])
     returns, values = torch.cat(returns), torch.cat(values)
-    stats = {name: float(value) for name, value in trainer.step(queries, responses, scores).items()
+    stats = {name: float(value) for name, value in step(trainer, queries, responses, scores).items()
              if not isinstance(value, torch.Tensor) or value.dim() == 0}
     raw, scores = torch.stack(scores), torch.stack(scores).clamp(-0.5, 0.5)
     error = (values - returns) ** 2
@@ -1547,7 +1680,7 @@ def test_statistics_are_what_their_names_say(make_trainer, make_model, make_batc
 
 def test_statistics_of_the_move_are_means_over_its_tokens(make_trainer, make_batch):
     """Minibatches of 4, 2, 5, and 3 tokens: each token has the same weight."""
-    stats = make_trainer(mini_batch_size=1, ppo_epochs=3, learning_rate=3e-3).step(*make_batch())
+    stats = step(make_trainer(mini_batch_size=1, ppo_epochs=3, learning_rate=3e-3), *make_batch())
     log_ratio = stats["ppo/policy/ratio"].log()
     assert log_ratio.abs().max() > 0.1
     want = {"policykl": -log_ratio, "approxkl": log_ratio**2 / 2, "ratio_mean": log_ratio.exp(),
@@ -1590,11 +1723,38 @@ def test_the_dataloader_draws_nothing_from_the_numbers_that_sample_responses(mak
     assert numbers == np.random.get_state()[1].tolist()
 
 
+def test_an_own_loop_resumes_at_its_place_in_the_data(make_trainer, make_batch, tmp_path):
+    """A8: two batches per epoch, killed after three."""
+    def batches(trainer, n):
+        epochs = (batch["answer"] for _ in range(3) for batch in trainer.dataloader)
+        found = []
+        for _ in range(n):
+            found.append(next(epochs))
+            trainer.step(*make_batch())
+        return found
+
+    whole = batches(make_trainer(dataset=DATASET), 5)
+    trainer = make_trainer(dataset=DATASET)
+    assert batches(trainer, 3) == whole[:3]
+    trainer.save_checkpoint(tmp_path)
+    resumed = make_trainer(dataset=DATASET)
+    resumed.load_checkpoint(tmp_path / "checkpoint-3")
+    assert batches(resumed, 2) == whole[3:]
+
+
 def test_a_collator_of_one_s_own_makes_the_batches(make_trainer):
     def collator(rows):
         return {"sum": sum(row["answer"] for row in rows)}
     trainer = make_trainer(dataset=DATASET[:8], data_collator=collator)
     assert sum(batch["sum"] for batch in trainer.dataloader) == sum(range(4, 12))
+
+
+def test_a_dataset_of_tuples_is_stacked_as_torch_does(make_trainer):
+    queries, responses = torch.randint(4, VOCAB, (2, 8, 5))
+    trainer = make_trainer(dataset=torch.utils.data.TensorDataset(queries, responses))
+    for batch in trainer.dataloader:
+        assert [part.shape for part in batch] == [(4, 5), (4, 5)]
+        trainer.step(list(batch[0]), list(batch[1]), scores_of(1, 2, 3, 4))
 
 
 def test_too_few_rows_for_a_batch_are_refused(make_trainer):
@@ -1623,7 +1783,8 @@ def test_tensorboard_gets_numbers_vectors_and_the_table(make_trainer, make_batch
         tracker_project_name="mine", tracker_kwargs={"tensorboard": {"filename_suffix": ".try7"}})
     queries, responses, scores = make_batch()
     stats = trainer.step(queries, responses, scores)
-    trainer.log_stats(stats, {"query": list("abcd"), "response": list("efgh")}, scores)
+    rewards = [score[None] for score in scores]  # a classifier's logits are of shape [1]
+    trainer.log_stats(stats, {"query": list("abcd"), "response": list("efgh")}, rewards)
     trainer.accelerator.end_training()
     log = events(tmp_path / "logs" / "mine")
     assert list((tmp_path / "logs" / "mine").glob("events*.try7"))
@@ -1676,7 +1837,7 @@ def test_without_a_tracker_nothing_is_logged(make_trainer, make_batch, tmp_path,
     trainer = make_trainer()
     queries, responses, scores = make_batch()
     stats = trainer.step(queries, responses, scores)
-    trainer.log_stats(stats, {"query": list("abcd"), "response": list("efgh")}, scores)
+    trainer.log_stats(stats, {"input_ids": queries}, scores)  # no column of the table is needed
     assert not list(tmp_path.iterdir())
 
 
@@ -1810,6 +1971,11 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_numbers(
     want = update(one)
     set_seed(99)
     two = start()
+    if lora:  # the base is in the model's own folder
+        saved = torch.load(tmp_path / "checkpoint-2" / "pytorch_model.bin")
+        trained = {name.removeprefix("pretrained_model.")
+                   for name, p in two.model.named_parameters() if p.requires_grad}
+        assert saved.keys() == trained
     two.load_checkpoint(tmp_path / "checkpoint-2")
     got = update(two)
     assert two.current_step == one.current_step == 3
@@ -1884,6 +2050,15 @@ def test_tuples_and_scores_of_any_type_or_one_number_are_taken(make_trainer, mak
     assert stats["objective/scores"] == 2.5
 
 
+def test_columns_of_a_dataset_are_taken(make_trainer, make_batch):
+    queries, responses, _ = make_batch()
+    columns = {"query": [query.tolist() for query in queries], "score": [1.0, 2.0, 3.0, 4.0],
+               "response": [response.tolist() for response in responses]}
+    rows = Dataset.from_dict(columns).with_format("torch")
+    stats = make_trainer().step(rows["query"], rows["response"], rows["score"])
+    assert stats["objective/scores"] == 2.5 and stats["tokens/responses_dist"].sum() == 14
+
+
 @pytest.mark.parametrize("rows, masks, named", [
     (((3, 2), (3, 0)), None, r"responses\[1\]"),  # P19: the start token is no response
     (((3, 2), (3, 2)), ([0, 1, 1], [1, 0, 0]), r"response_masks\[1\]")])
@@ -1900,6 +2075,20 @@ def test_parts_that_do_not_go_together_are_refused(part, value, make_model, toke
     parts = {"config": ppo.PPOConfig(), "model": make_model(), "tokenizer": tokenizer, part: value}
     with pytest.raises(ValueError, match=part):
         ppo.PPOTrainer(**parts)
+
+
+@pytest.mark.parametrize("arch, lora", [("gpt2", "fresh"), ("t5", None)])
+def test_trl_0_7_s_attributes_and_today_s_name_of_the_tokenizer(
+        arch, lora, make_model, tokenizer):
+    model = make_model(arch, lora=lora)
+    config = ppo.PPOConfig(batch_size=4, mini_batch_size=4)
+    trainer = ppo.PPOTrainer(config, model, processing_class=tokenizer, dataset=DATASET)
+    assert trainer.tokenizer is tokenizer and trainer.dataset is DATASET
+    assert trainer.current_device == torch.device("cpu") and not trainer.is_distributed
+    assert (trainer.is_peft_model, trainer.is_encoder_decoder) == (lora is not None, arch == "t5")
+    batch = trainer.data_collator([{"input_ids": [5, 6]}, {"input_ids": [7]}])
+    assert batch["input_ids"].tolist() == [[5, 6], [7, PAD]]
+    assert len(list(trainer.model_params)) == sum(p.requires_grad for p in model.parameters())
 
 
 def test_a_model_without_a_value_head_is_refused(make_hf_model, tokenizer):

@@ -428,13 +428,13 @@ def test_max_length_keeps_the_last_tokens_of_texts_token_ids_and_chats(
     chats = [{"chosen": turns("w4 w5 w6"), "rejected": turns("w7")}]
     assert tokens(texts, make_trainer, max_length=3) == [
         [[5, 6, 7], [4, 8, 9]], [[4, 5, 6], [9]]]
-    assert "training dataset: 1 of 2 pairs are truncated to the last max_length=3 tokens" in (
-        capsys.readouterr().out)
+    assert ("training dataset: truncated 1 of 2 rows, row 0 the first: longer than max_length=3 "
+            "tokens") in capsys.readouterr().out
     assert tokens(chats, make_trainer, max_length=2, tokenizer=chat_tokenizer) == [
         [[6, EOS], [7, EOS]]]
     trainer = make_trainer(rows=token_rows(([5, 6, 7, 8], [9])), max_length=3)
     assert batch_of(trainer)["input_ids_chosen"].tolist() == [[6, 7, 8]]
-    assert "1 of 1 pairs are truncated" in capsys.readouterr().out
+    assert "truncated 1 of 1 rows" in capsys.readouterr().out
 
 
 def test_a_truncated_text_keeps_the_special_tokens_around_it(make_trainer, make_tokenizer):
@@ -469,7 +469,7 @@ def test_pairs_whose_sides_are_equal_or_empty_are_left_out_and_counted(make_trai
             {"chosen": "", "rejected": "w9"}, {"chosen": "w9", "rejected": ""},
             {"chosen": "w8 w9", "rejected": "w8"}]
     assert tokens(rows, make_trainer, max_length=2) == [[[8], [9]], [[8, 9], [8]]]
-    assert ("training dataset: 3 of 5 pairs are dropped, row 1 the first: equal or empty within "
+    assert ("training dataset: dropped 3 of 5 rows, row 1 the first: equal or empty within "
             "max_length=2 tokens") in capsys.readouterr().out
     assert tokens(rows[:1], make_trainer) == [[[8], [9]]] and not capsys.readouterr().out
 
@@ -681,10 +681,18 @@ def test_a_tokenizer_that_cannot_pad_or_is_not_there_is_refused(make_trainer):
         make_trainer(tokenizer=None)
 
 
-def test_two_adapters_are_refused(make_trainer):
+def test_an_adapter_that_is_there_trains_further_instead_of_a_fresh_one(make_trainer):
     from peft import get_peft_model
-    with pytest.raises(InputError, match="peft_config"):
-        make_trainer(get_peft_model(classifier(), lora(task_type="SEQ_CLS")), peft_config=lora())
+    model = get_peft_model(classifier(), lora(task_type="SEQ_CLS", r=3))
+    with pytest.warns(UserWarning, match="peft_config.*has no effect"):
+        trainer = make_trainer(model, peft_config=lora(), report_to=None)
+    assert trainer.model is model and model.peft_config["default"].r == 3
+
+
+def test_a_dict_of_splits_is_refused(tokenizer, make_args):
+    with pytest.raises(InputError, match="train_dataset=dict.*train"):
+        RewardTrainer(classifier(), make_args(), tokenizer=tokenizer,
+                      train_dataset={"train": pairs()})
 
 
 def test_two_maximum_lengths_are_refused_unless_they_are_equal(tokenizer, make_args):

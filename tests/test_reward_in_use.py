@@ -86,6 +86,7 @@ CASES = [(name, chat, {}) for name in TEMPLATES for chat in CHATS
 CASES += [("qwen3", chat, {"chat_template_kwargs": {"enable_thinking": False}})
           for chat in ("one turn", "several turns")]
 CASES += [(name, "tool call", {"tools": TOOLS}) for name in TOOL_CALLS]
+THOUGHT = "<|channel|>analysis<|message|>An easy one."
 TOOL_CALL = """\
 <tool_call>
 {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -108,6 +109,8 @@ def test_a_reward_of_a_sampled_response_reads_the_tokens_it_was_trained_on(
     if prompt["query"].endswith("<think>\n"):  # the policy closes what the prompt has opened
         is_thought = written.startswith("<think>\n")
         written = written.removeprefix("<think>\n") if is_thought else "\n</think>\n\n" + written
+    if name == "gpt_oss":
+        written = f"{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{written}"
     response = tokenizer(written, add_special_tokens=False).input_ids
     ended = [*response, max(end_token_ids(tokenizer))]
     columns_of_prompts = {key: [value] for key, value in prompt.items()}
@@ -120,6 +123,20 @@ def test_a_reward_of_a_sampled_response_reads_the_tokens_it_was_trained_on(
         assert ids_read == [want]
         assert score.item() == pytest.approx(scores[0][0], abs=1e-4)
     assert abs(scores[0][0] - scores[1][0]) > 1e-3  # the answer counts
+
+
+def test_an_answer_in_a_channel_of_its_own_is_read_without_its_thinking():
+    tokenizer, question = chat_tokenizer("gpt_oss"), CHATS["one turn"][:1]
+    prompt = {"input_ids": [], "messages": question, "query": "", "metadata": {}}
+    responses = [tokenizer(text).input_ids for text in (
+        f"{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>Bland.<|return|>",
+        "<|channel|>final<|message|>Fresh.", THOUGHT)]  # the last ends before its answer
+    columns = {name: [value] * 3 for name, value in prompt.items()}
+    inputs = reward_inputs(tokenizer, columns, responses, False)
+    assert inputs["responses"] == ["Bland.", "Fresh.", ""]
+    contents = [messages[-1]["content"] for messages in inputs["messages"]]
+    assert contents == inputs["responses"]
+    assert inputs["texts"][1].endswith("<|channel|>final<|message|>Fresh.<|return|>")
 
 
 def test_keys_that_arrow_fills_in_do_not_reach_the_template(make_trainer):
@@ -139,7 +156,7 @@ def test_thinking_that_the_template_leaves_out_is_warned_about(make_trainer, cap
             for answer in ("<think>\nhard\n</think>\n\n5", "<think>\nhard\n</think>\n\n4")]
     with pytest.warns(UserWarning, match="leaves thinking out of a chat"):
         make_trainer(chat_tokenizer("deepseek_r1"), rows)
-    assert "1 of 2 pairs are dropped, row 1 the first: equal" in capsys.readouterr().out
+    assert "dropped 1 of 2 rows, row 1 the first: equal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["llama3", "chatml", "mistral", "gemma", "gpt2"])
@@ -273,27 +290,35 @@ def test_an_adapter_is_read_where_it_was_trained_though_its_base_pads_with_the_e
     used = load_reward(tmp_path / "model")(["", ""], messages=[rows[0][side] for side in SIDES])
     assert [score.item() for score in used] == pytest.approx([chosen, rejected], abs=1e-4)
     assert abs(chosen - rejected) > 1e-3
+    # as in docs/reward.md
+    folder, pad = str(tmp_path / "model"), trainer.tokenizer.pad_token_id
+    judge = pipeline("text-classification", folder, tokenizer=folder, device="cpu",
+                     model_kwargs={"pad_token_id": pad})
+    piped = judge([render_chat(tokenizer, rows[0][side]) for side in SIDES],
+                  function_to_apply="none", add_special_tokens=False)
+    assert [row["score"] for row in piped] == pytest.approx([chosen, rejected], abs=1e-4)
 
 
 # --------------------------------------------------------------------------- models with a limit
-def test_positions_that_padding_takes_are_not_for_a_text(tmp_path):
+@pytest.mark.parametrize("pad, length", [(1, 18), (0, 19)])
+def test_positions_that_padding_takes_are_not_for_a_text(pad, length, tmp_path):
     """RoBERTa counts positions from behind the one of its padding: 20 of them hold 18 tokens."""
     tokenizer = chat_tokenizer("gpt2", model_max_length=10**30, pad_token="!")
-    model = classifier(tokenizer, "Roberta", max_position_embeddings=20, pad_token_id=1).eval()
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    model = classifier(tokenizer, "Roberta", max_position_embeddings=20, pad_token_id=pad).eval()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     text = "the plot was bland and long"
     ids = tokenizer(text).input_ids
     assert len(ids) > 20
     with torch.no_grad():
-        want = model(torch.tensor([ids[-18:]])).logits.item()
+        want = model(torch.tensor([ids[-length:]])).logits.item()
     assert load_reward(tmp_path)([text])[0].item() == pytest.approx(want, abs=1e-5)
     args = RewardConfig(output_dir=str(tmp_path / "out"), use_cpu=True, learning_rate=1e-3,
                         remove_unused_columns=False, gradient_checkpointing=False)
     trainer = RewardTrainer(model, args, tokenizer=tokenizer, train_dataset=Dataset.from_list(
         [{"chosen": text, "rejected": text + " was"}]))
-    assert trainer.train_dataset[0]["input_ids_chosen"] == ids[-18:]
+    assert trainer.train_dataset[0]["input_ids_chosen"] == ids[-length:]
 
 
 def test_a_score_read_at_the_last_column_is_refused(make_trainer, tmp_path):

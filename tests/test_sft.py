@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -359,6 +359,32 @@ def test_formatting_func_gives_every_row_its_text(how, packing, make_sft):
         assert ids(trainer.train_dataset) == want
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("given", [
+    {"dataset_text_field": "text"}, {"formatting_func": lambda row: f"w90 {row['text']}"}],
+    ids=lambda given: next(iter(given)))
+def test_the_text_that_is_asked_for_counts_in_rows_that_are_tokenized_too(
+        given, packing, make_sft, tokenizer):
+    rows = rows_of(TEXTS)
+    tokenized = rows.map(lambda row: tokenizer("w60 " + row["text"]))  # as users do before
+    kwargs = {"packing": packing, "max_seq_length": 8, **given}
+    trainer = make_sft(rows=tokenized, eval_dataset={"a": tokenized, "b": rows}, **kwargs)
+    want = make_sft(rows=rows, **kwargs)
+    assert ids(trainer.train_dataset) == ids(want.train_dataset)
+    assert ids(trainer.eval_dataset["a"]) == ids(trainer.eval_dataset["b"])
+    trainer.evaluate()  # prepares no row twice
+
+
+def test_a_text_field_that_is_missing_in_tokenized_rows_is_named(make_sft):
+    with pytest.raises(InputError, match="dataset_text_field=txt.*'text', 'input_ids'"):
+        make_sft(rows=[{"text": "w4", "input_ids": [4, 5]}], dataset_text_field="txt")
+
+
+def test_conversations_are_chats(make_sft, chat_tokenizer):
+    trainer = make_sft(rows=[{"conversations": CHAT}], tokenizer=chat_tokenizer)
+    assert ids(trainer.train_dataset) == [CHAT_IDS]
+
+
 def test_a_formatting_func_that_returns_no_text_is_refused(make_sft):
     with pytest.raises(InputError, match="formatting_func.*dict"):
         make_sft(rows=QA, formatting_func=lambda row: {"text": 1})
@@ -631,6 +657,32 @@ def test_the_collator_for_completions_keeps_the_labels_that_a_row_has(tokenizer)
     assert collator(rows)["labels"].tolist() == [[IGNORE, 11, 5], [IGNORE, IGNORE, 5]]
 
 
+def test_the_collator_for_completions_pads_on_the_tokenizer_s_side(tokenizer):
+    collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)
+    rows = [{"input_ids": [4, 11, 5]}, {"input_ids": [11, 5]}]
+    assert collator.torch_call(rows)["input_ids"].tolist() == [[4, 11, 5], [11, 5, PAD]]
+    tokenizer.padding_side = "left"
+    batch = collator(rows, return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[4, 11, 5], [PAD, 11, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 5]] * 2
+
+
+def test_a_subclass_of_the_collator_for_completions_may_replace_torch_call(make_sft, tokenizer):
+    class Last(DataCollatorForCompletionOnlyLM):
+        def torch_call(self, examples):
+            batch = super().torch_call(examples)
+            batch["labels"][:, :-1] = self.ignore_index
+            return batch
+
+    tokenizer.padding_side = "left"
+    collator = Last("w11", tokenizer=tokenizer)
+    trainer = make_sft(rows=rows_of(["w4 w11 w5 w6", "w11 w7"]), data_collator=collator)
+    assert trained_on(trainer) == [[EOS], []]  # SFTTrainer pads on the right
+    assert batch_of(trainer)["input_ids"].tolist() == [[4, 11, 5, 6, EOS], [11, 7, EOS, PAD, PAD]]
+    assert collator.padding_side is None
+
+
 def test_the_collator_for_completions_refuses_mlm_and_a_missing_tokenizer(tokenizer):
     with pytest.raises(InputError, match="mlm"):
         DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer, mlm=True)
@@ -677,6 +729,11 @@ def test_a_model_may_be_a_folder_that_holds_its_tokenizer(tmp_path, make_args, t
     assert trainer.model.config._attn_implementation == "eager"
     assert trainer.model.dtype == torch.bfloat16
     assert trainer.processing_class.convert_ids_to_tokens(4) == "w4"
+    hf_model("llama").half().save_pretrained(folder)  # a step in float16 ends in NaN
+    for settings, dtype in ((None, torch.float32), ({"torch_dtype": "auto"}, torch.float16)):
+        trainer = SFTTrainer(str(folder), make_args(), train_dataset=rows_of(TEXTS),
+                             model_init_kwargs=settings)
+        assert trainer.model.dtype == dtype
     model = AutoModelForCausalLM.from_pretrained(folder)
     trainer = SFTTrainer(model, make_args(), train_dataset=rows_of(TEXTS))
     assert trainer.processing_class.convert_ids_to_tokens(4) == "w4"
@@ -894,6 +951,24 @@ def test_the_trainer_reads_its_config(make_configured, chat_tokenizer):
                               lora_r=3, max_steps=1)
     trainer.train()
     assert trainer.model.peft_config["default"].r == 3
+
+
+def test_the_config_holds_the_trainer_s_arguments_as_in_later_trl(make_configured, tmp_path):
+    texts = [{"text": text} for text in TEXTS]
+    fields = {"max_length": 3, "dataset_batch_size": 2, "num_of_sequences": 5,
+              "dataset_kwargs": {"append_concat_token": False}, "report_to": None}
+    rows = make_configured(texts, **fields).train_dataset
+    assert ids(rows) == [[4, 5, 6], [7, 8, 9], [31, 32, 33], [40, 41], [50, 51, 52]]
+    hf_model("llama").half().save_pretrained(tmp_path / "model")
+    trainer = make_configured(texts, {"model": str(tmp_path / "model")},
+                              model_init_kwargs={"dtype": "auto"})
+    assert trainer.model.dtype == torch.float16
+    stream = Dataset.from_list(texts).to_iterable_dataset()
+    packed = make_configured(texts, {"train_dataset": stream}, packing=True, max_length=8,
+                             num_of_sequences=5, chars_per_token=2.0, max_steps=1).train_dataset
+    assert (packed.seq_length, packed.max_buffer_size) == (8, 80)
+    with pytest.raises(InputError, match="max_seq_length=4.*max_seq_length=3"):
+        make_configured(texts, max_length=4, max_seq_length=3)
 
 
 def test_an_argument_that_is_given_wins_over_the_config_s_default(make_configured):
@@ -1467,10 +1542,21 @@ def test_a_template_that_no_row_holds_is_named(make_sft, tokenizer):
         make_sft(data_collator=DataCollatorForCompletionOnlyLM("w99", tokenizer=tokenizer))
 
 
-def test_two_adapters_are_refused(make_sft):
-    adapter = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(InputError, match="peft_config"):
-        make_sft(get_peft_model(hf_model("llama"), adapter), peft_config=adapter)
+def test_an_adapter_that_is_there_trains_further_instead_of_a_fresh_one(make_sft, weights, moved):
+    own, other = (LoraConfig(r=r, target_modules=["q_proj"]) for r in (2, 3))
+    model = get_peft_model(hf_model("llama"), own)
+    with pytest.warns(UserWarning, match="peft_config.*has no effect"):
+        trainer = make_sft(model, peft_config=other)
+    before = weights(model)
+    trainer.train()
+    assert trainer.model.peft_config["default"].r == 2
+    names = moved(before, trainer.model)
+    assert names and all("lora_" in name for name in names)
+
+
+def test_a_dict_of_splits_is_refused(make_sft):
+    with pytest.raises(InputError, match="train_dataset=DatasetDict.*train, test"):
+        make_sft(train_dataset=DatasetDict(train=rows_of(["w4"]), test=rows_of(["w5"])))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_or_is_refused(

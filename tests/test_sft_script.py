@@ -211,10 +211,10 @@ runpy.run_path("sft.py", run_name="__main__")
 
 
 def test_a_killed_run_resumes_to_exactly_the_same_numbers(tmp_path, monkeypatch):
-    """Killed in update 13, after checkpoint-10: the lines of updates 11 and 12 come again."""
+    """Killed in update 13, after checkpoint-10: the line of update 12 comes again."""
     monkeypatch.undo()  # samples as long as the script's own, since they draw from the same seed
     fields = {"max_steps": 16, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps",
-              "eval_steps": 8, "per_device_train_batch_size": 8, "logging_steps": 1,
+              "eval_steps": 8, "per_device_train_batch_size": 8, "logging_steps": 4,
               "dataset": FEW, "eval_dataset": FEW}
     flags = [str(word) for name, value in fields.items()
              for word in (f"--{name.replace('_', '-')}", value)]
@@ -226,11 +226,10 @@ def test_a_killed_run_resumes_to_exactly_the_same_numbers(tmp_path, monkeypatch)
     screen = done.stderr.replace("\r", "\n").splitlines()
     assert [line for line in screen if line.strip() and "update" not in line] == []  # the bar alone
     cut = [row["update"] for row in metrics(tmp_path / "cut") if "loss" in row]
-    assert cut == list(range(1, 13))
+    assert cut == [4, 5, 8, 10, 12]  # at checkpoints, too: a mean does not span one
     main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
-    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row]
-                  for name in ("whole", "cut")]
-    assert cut == whole and [r["update"] for r in cut if "loss" in r] == list(range(1, 17))
+    whole, cut = [metrics(tmp_path / name) for name in ("whole", "cut")]
+    assert cut == whole and [r["update"] for r in cut if "loss" in r] == [4, 5, 8, 10, 12, 15, 16]
     a, b = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert a == b
     updates = [row["update"] for row in lines(tmp_path / "cut" / "samples.jsonl")]
@@ -256,9 +255,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path, monk
         taken.append(1) or step(self, *args, **kwargs)))
     main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
     assert len(taken) == steps - 3  # it does not start again
-    whole, cut = [[row for row in metrics(tmp_path / name) if "train_loss" not in row]
-                  for name in ("whole", "cut")]
-    assert steps > 4 and cut == whole
+    assert steps > 4 and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------------- two ranks
@@ -689,8 +686,7 @@ BAD = {  # the fields, and what the message names
     "length over the model's": (dict(max_seq_length=500), ["max_seq_length=500", "128"]),
     "chat without template": (dict(rows=chats(2)), ["chat_template"]),
     "nothing to resume": (dict(resume_from_checkpoint="nowhere"), ["nowhere"]),
-    "two adapters": (dict(model="adapter", lora_r=2), ["adapter"]),
-    "tokenizer without pad and end": (dict(model="without ends"), ["pad_token"]),
+    "tokenizer without pad and end": (dict(model="m"), ["pad_token"]),
     "packing with a template": (dict(packing=True, response_template="the"), ["packing"]),
 }
 
@@ -701,11 +697,8 @@ def test_bad_input_is_one_sentence_before_any_weight_moves(case, tmp_path, monke
     if "rows" in fields:
         fields["dataset"] = write_rows(tmp_path / "rows.jsonl", fields.pop("rows"))
     if "model" in fields:
-        kind, fields["model_name"] = fields.pop("model"), str(tmp_path / "m")
-        if kind == "adapter":
-            main(small(tmp_path / "m", lora_r=2, max_steps=1))
-        else:
-            without_ends(tmp_path / "m")
+        fields["model_name"] = str(tmp_path / "m")
+        without_ends(tmp_path / fields.pop("model"))
     moved = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: moved.append(1))
     with pytest.raises(InputError) as error:
@@ -753,22 +746,33 @@ def test_a_checkpoint_without_a_part_of_the_state_is_one_sentence(file, saved_ru
         main(small(tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out/checkpoint-2")))
 
 
-def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on(tmp_path):
+def test_a_finished_run_that_is_resumed_changes_nothing_unless_it_is_to_go_on(tmp_path):
+    """It ends within an epoch, where Trainer would take one more update."""
     fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "eval_dataset": FEW,
               "lr_scheduler_type": "constant"}
     main(small(tmp_path, **fields))
-    before = {file: (tmp_path / file).read_bytes()
-              for file in ("model.safetensors", "metrics.jsonl", "samples.jsonl")}
+    files = ("model.safetensors", "samples.jsonl", "README.md")
+    before, rows = {file: (tmp_path / file).read_bytes() for file in files}, metrics(tmp_path)
     again = {**fields, "resume_from_checkpoint": str(tmp_path)}
-    with pytest.raises(InputError, match="checkpoint-3: its run has ended; raise --num-train-"):
-        main(small(tmp_path, **again))
-    assert {file: (tmp_path / file).read_bytes() for file in before} == before
-    assert (tmp_path / "checkpoint-3").exists()
+    main(small(tmp_path, **again))
+    assert {file: (tmp_path / file).read_bytes() for file in files} == before
+    assert metrics(tmp_path) == rows and [row["update"] for row in rows] == [1, 2, 3, 3, 3]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"update": 9, "prompt": "half a li')  # what a kill may leave
     main(small(tmp_path, **{**again, "max_steps": 4}))
-    assert [row["update"] for row in lines(tmp_path / "samples.jsonl")] == [0] * 5 + [3] * 5 + [
-        4] * 5
+    assert [row["update"] for row in lines(tmp_path / "samples.jsonl")] == [0] * 5 + [4] * 5
+
+
+def test_a_resume_with_other_batches_or_data_says_so(saved_run, tmp_path):
+    shutil.copytree(saved_run, tmp_path / "out")
+    with pytest.warns(UserWarning) as found:
+        main(small(tmp_path / "out", max_steps=3, per_device_train_batch_size=2,
+                   dataset=write_rows(tmp_path / "rows.jsonl", [{"text": "the plot"}] * 9),
+                   resume_from_checkpoint=str(tmp_path / "out")))
+    said = "\n".join(str(warning.message) for warning in found)
+    assert "per_device_train_batch_size=2: it was 4 up to the checkpoint" in said
+    assert "/rows.jsonl: it was " in said
 
 
 def test_a_fresh_run_refuses_a_folder_with_checkpoints(saved_run):
