@@ -729,6 +729,9 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
             raise InputError("precompute_ref_log_probs=True: this dataset came after training "
                              "began, when the reference was gone; give it to the constructor as "
                              "eval_dataset, or give a ref_model")
+        if self.ref_model is None and is_deepspeed_zero3_enabled():
+            raise InputError("precompute_ref_log_probs=True: under ZeRO-3 the policy can't run "
+                             "before training; give --ref-model-name, or leave it out")
         key = "prompt_input_ids" if self.is_encoder_decoder else "chosen_input_ids"
         lengths = [len(ids) for ids in dataset[key]]
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])  # little padding

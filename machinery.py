@@ -125,6 +125,7 @@ def prepare_reference(accelerator, model):
         import deepspeed
         config = {"train_micro_batch_size_per_gpu": 1,  # DeepSpeed asks for it, and does not use it
                   "bf16": {"enabled": accelerator.mixed_precision == "bf16"},
+                  "fp16": {"enabled": accelerator.mixed_precision == "fp16"},
                   # lower stages shard no weight
                   "zero_optimization": {"stage": 3 if is_deepspeed_zero3_enabled() else 0}}
         model = deepspeed.initialize(model=model, config=config)[0]

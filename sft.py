@@ -480,12 +480,14 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
             warnings.warn(f"packing: a sharded model can't be checked; try once on one process "
                           f"whether a small model of type {kind} is refused", stacklevel=3)
             return
+        batch_size = self.args.per_device_train_batch_size
         with explain(f"packing: a model of type {kind} can't run packed rows; leave packing out"):
             with self.compute_loss_context_manager():
-                apart = keeps_documents_apart(self.model)
+                apart = keeps_documents_apart(self.model, min(batch_size, 2))
         if not apart:
             raise InputError(f"packing: in a model of type {kind} a document sees the one before "
-                             "it in its row; leave packing out")
+                             "it in its row; leave packing out (flash attention keeps documents "
+                             "apart with per_device_train_batch_size=1 only)")
 
     # ------------------------------------------------------------------ evaluation
     def evaluate(self, eval_dataset=None, *args, **kwargs):
@@ -859,10 +861,12 @@ def packed_row(tokens):
     return {"input_ids": ids, "labels": labels, "position_ids": places - first}
 
 
-def keeps_documents_apart(model):
-    """Return whether a packed document has no gradient with respect to the one before it."""
-    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]], device=model.device)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=model.device)
+def keeps_documents_apart(model, rows):
+    """Return whether a packed document has no gradient with respect to the one before it.
+
+    rows: 1, or 2 for larger batches: flash attention reads the positions of one row only."""
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]] * rows, device=model.device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * rows, device=model.device)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).logits
     gradient, = torch.autograd.grad(logits[:, 4:].float().square().sum(), embeddings)

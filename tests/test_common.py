@@ -1105,6 +1105,8 @@ def test_gradients_are_plain_autograd_s(arch, lora, checkpointing, make_model):
             rtol=1e-4,
             msg=name,
         )
+    model.gradient_checkpointing_disable()
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])

@@ -879,7 +879,7 @@ def test_a_resumed_run_reaches_the_same_numbers(use_lora, make_trainer, tmp_path
     (run / "checkpoint-4").rename(tmp_path / "away")
     rows = (run / "metrics.jsonl").read_text()
     cut = make_trainer(num_epochs=4, resume_from=str(run), **fields)
-    assert cut.epoch == 2 and cut.global_step == 4
+    assert cut.epoch == cut.first_epoch == 2 and cut.global_step == 4
     cut.train()  # two epochs of four prompts are whole turns of the prompts
     assert torch.equal(trained_part(whole), trained_part(cut)) and whole.stats == cut.stats
     assert whole.stat_tracker.get_stats() == cut.stat_tracker.get_stats()

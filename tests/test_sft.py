@@ -26,6 +26,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     TrainerCallback,
     TrainingArguments,
@@ -568,6 +569,22 @@ def test_packing_is_refused_where_a_document_would_see_the_one_before_it(
         make_sft(model, **kwargs[how])
     assert "\n" not in str(error.value)
     make_sft(model, max_steps=1).train()  # row by row it trains
+
+
+class VarlenLlama(LlamaForCausalLM):
+    """Reads the positions of packed rows as flash attention does: of a batch of one row alone."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, position_ids=None, **kwargs):
+        rows = len(input_ids if inputs_embeds is None else inputs_embeds)
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds,
+                               position_ids=position_ids if rows == 1 else None, **kwargs)
+
+
+def test_packing_is_refused_where_only_single_rows_keep_their_documents_apart(make_sft):
+    model = VarlenLlama(without_dropout("llama").config)
+    make_sft(model, packing=True, max_seq_length=6, per_device_train_batch_size=1)
+    with pytest.raises(InputError, match="packing: .*per_device_train_batch_size=1"):
+        make_sft(model, packing=True, max_seq_length=6, per_device_train_batch_size=2)
 
 
 def test_documents_stay_apart_in_a_model_that_model_init_makes(make_sft):

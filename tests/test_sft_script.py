@@ -294,6 +294,9 @@ def evaluated_streams(folder):
 def logged(trainer):
     """Loss and norm of the gradient of each step."""
     trainer.train()
+    if trainer.is_world_process_zero():  # as scripts for TRL 0.7 do: no rank waits for the others
+        trainer.save_model(trainer.args.output_dir + "-saved")
+        trainer.model.save_pretrained(trainer.args.output_dir + "-saved")
     return [[row["loss"], row["grad_norm"]] for row in trainer.state.log_history if "loss" in row]
 
 
