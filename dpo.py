@@ -98,8 +98,8 @@ SPLIT_FROM = 8  # pairs per training batch from which on batches run in groups o
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
-                machinery.DPOArguments, TrainingArguments):
+class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.DPOArguments,
+                TrainingArguments):
     """List the fields of transformers.TrainingArguments and the script's own.
 
     Sizes are per process. The fields whose defaults differ from Trainer's come first."""

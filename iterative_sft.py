@@ -81,8 +81,7 @@ IGNORE = -100  # the label of a token that is not trained on
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
-                         TrainingArguments):
+class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
     """Extend TrainingArguments: first its fields that have other defaults here, then our own.
 
     Sizes are per process."""

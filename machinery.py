@@ -5,8 +5,8 @@
     load_rows, load_prompts                  data: a file, a folder or a hub name
     load_language_model, prepare_training    models and adapters to train
     open_run, new_checkpoint, ...            the output folder, its checkpoints and files
-    start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
     RetiredArguments, SFTArguments, ...      fields of transformers 4, and of later TRL's configs
+    start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
     LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
 
 To follow a run of a file on Trainer: run, start_run, load_language_model,
@@ -594,11 +594,15 @@ def use_few_threads(model):
         torch.set_num_threads(1)
 
 
+def trained_types(model):
+    """Return the names of the types of the weights that train, such as {"float32"}."""
+    types = {p.dtype for p in model.parameters() if p.requires_grad}
+    return {str(dtype).removeprefix("torch.") for dtype in types}
+
+
 def warn_of_half_precision(model):
     """Warn if weights that are trained are in half precision."""
-    kinds = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32}
-    for kind in kinds:
-        kind = str(kind).removeprefix("torch.")
+    for kind in trained_types(model) - {"float32"}:
         warnings.warn(f"torch_dtype={kind}: weights of this type are trained, so steps below its "
                       "precision are lost; give float32, with --bf16 for speed", stacklevel=4)
 
@@ -803,9 +807,100 @@ library_name: transformers
 """)
 
 
+# ----------------------------------------------------------------------------- retired arguments
+# Fields that transformers 5 has renamed: type, default, and today's field, "field.key" of a dict
+# field, or {field: value}.
+RENAMED = {
+    "evaluation_strategy": (str, "no", "eval_strategy"),
+    "per_gpu_train_batch_size": (Optional[int], None, "per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": (Optional[int], None, "per_device_eval_batch_size"),
+    "warmup_ratio": (float, 0.0, "warmup_steps"),  # below 1 it is a fraction of all steps
+    "no_cuda": (bool, False, "use_cpu"),
+    "tpu_metrics_debug": (bool, False, {"debug": "tpu_metrics_debug"}),
+    "fsdp_min_num_params": (int, 0, "fsdp_config.min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": (
+        Optional[str], None, "fsdp_config.transformer_layer_cls_to_wrap"),
+    "adafactor": (bool, False, {"optim": "adafactor"}),
+    "group_by_length": (bool, False, {"train_sampling_strategy": "group_by_length"}),
+    "include_inputs_for_metrics": (bool, False, {"include_for_metrics": ["inputs"]}),
+    "push_to_hub_model_id": (Optional[str], None, "hub_model_id"),
+    "push_to_hub_token": (Optional[str], None, "hub_token"),
+    "torchdynamo": (Optional[str], None, "torch_compile_backend"),  # which sets torch_compile
+    "dispatch_batches": (Optional[bool], None, "accelerator_config.dispatch_batches"),
+    "split_batches": (bool, False, "accelerator_config.split_batches"),
+    "include_tokens_per_second": (bool, False, {"include_num_input_tokens_seen": "all"}),
+}
+# Fields that transformers 5 has removed: type, default, and what to do instead.
+REMOVED = {
+    "overwrite_output_dir": (bool, False, "files are always overwritten; empty the folder instead"),
+    "logging_dir": (Optional[str], None, "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "save_safetensors": (bool, True, "for the old format call torch.save(model.state_dict(), ...)"),
+    "use_mps_device": (bool, False, "Apple's GPU is the default; use_cpu turns it off"),
+    "jit_mode_eval": (bool, False, "use torch_compile"),
+    "use_ipex": (bool, False, "use bf16 or torch_compile"),
+    "fp16_opt_level": (str, "O1", "use fp16 or bf16, which do what O1 did"),
+    "half_precision_backend": (str, "auto", "use fp16 or bf16"),
+    "tpu_num_cores": (Optional[int], None, "give the number of cores to torch_xla's launcher"),
+    "past_index": (int, -1, "leave it out"),
+    "use_legacy_prediction_loop": (bool, False, "leave it out"),
+    "fp16_backend": (str, "auto", "use fp16 or bf16"),
+    "push_to_hub_organization": (Optional[str], None, "use hub_model_id='organization/name'"),
+    "mp_parameters": (str, "", "use fsdp or deepspeed"),
+    "ray_scope": (str, "last", "set the environment variable RAY_SCOPE"),
+}
+RETIRED = {**RENAMED, **REMOVED}
+
+
+def hidden_fields(**fields):
+    """Make a base class for configs of fields {name: (type, default)} that --help does not list."""
+    return make_dataclass("HiddenFields", [
+        (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
+        for name, (kind, default) in fields.items()])
+
+
+RetiredArguments = hidden_fields(**{
+    name: (kind, default) for name, (kind, default, _) in RETIRED.items()})
+# Arguments of the trainers that TRL 0.9 and later has in its configs: see read_settings.
+SFTArguments = hidden_fields(
+    max_length=(Optional[int], None), dataset_kwargs=(Optional[dict], None),
+    model_init_kwargs=(Optional[dict], None), dataset_batch_size=(Optional[int], 1000),
+    num_of_sequences=(int, 1024), chars_per_token=(float, 3.6))
+DPOArguments = hidden_fields(
+    model_init_kwargs=(Optional[dict], None), ref_model_init_kwargs=(Optional[dict], None),
+    model_adapter_name=(Optional[str], None), ref_adapter_name=(Optional[str], None),
+    disable_dropout=(bool, True), is_encoder_decoder=(Optional[bool], None),
+    label_pad_token_id=(int, -100), padding_value=(int, 0))
+
+
+def replace_retired(config):
+    """Set today's fields of TrainingArguments from retired ones. Raises InputError.
+
+    It raises if transformers 5 has nothing like the retired field, or if both are given and differ.
+    """
+    for name, (_, default, today) in RETIRED.items():
+        value = getattr(config, name)
+        if value == default:
+            continue
+        if name in REMOVED:
+            raise InputError(f"{name}={value!r}: transformers 5 has removed it; {today}")
+        if isinstance(today, dict):
+            today, value = next(iter(today.items()))
+        today, _, key = today.partition(".")
+        current = getattr(config, today)
+        if key and isinstance(current, str):
+            raise InputError(f"{name}={value!r}: {today}={current!r} is a file; set {key} in it")
+        if key:
+            value = {**(current or {}), key: value}
+        elif isinstance(current, (str, bool, int, float)):
+            if current not in (value, type(config).__dataclass_fields__[today].default):
+                raise InputError(f"{name}: it means {today}={value!r}, and {today}={current!r} is "
+                                 f"given; give {today} alone")
+        setattr(config, today, value)
+
+
 # ----------------------------------------------------------------------------- files on Trainer
 @dataclass
-class TrainerFlags:
+class TrainerFlags(RetiredArguments):
     """List the fields that the four configs on TrainingArguments share."""
 
     dataset_split: Optional[str] = None
@@ -1035,97 +1130,6 @@ def last_evaluation(trainer):
     last = trainer.state.log_history[-2:][0]  # before train()'s own line
     is_current = "eval_loss" in last and not trainer.args.load_best_model_at_end
     return last if is_current else trainer.evaluate()
-
-
-# ----------------------------------------------------------------------------- retired arguments
-# Fields that transformers 5 has renamed: type, default, and today's field, "field.key" of a dict
-# field, or {field: value}.
-RENAMED = {
-    "evaluation_strategy": (str, "no", "eval_strategy"),
-    "per_gpu_train_batch_size": (Optional[int], None, "per_device_train_batch_size"),
-    "per_gpu_eval_batch_size": (Optional[int], None, "per_device_eval_batch_size"),
-    "warmup_ratio": (float, 0.0, "warmup_steps"),  # below 1 it is a fraction of all steps
-    "no_cuda": (bool, False, "use_cpu"),
-    "tpu_metrics_debug": (bool, False, {"debug": "tpu_metrics_debug"}),
-    "fsdp_min_num_params": (int, 0, "fsdp_config.min_num_params"),
-    "fsdp_transformer_layer_cls_to_wrap": (
-        Optional[str], None, "fsdp_config.transformer_layer_cls_to_wrap"),
-    "adafactor": (bool, False, {"optim": "adafactor"}),
-    "group_by_length": (bool, False, {"train_sampling_strategy": "group_by_length"}),
-    "include_inputs_for_metrics": (bool, False, {"include_for_metrics": ["inputs"]}),
-    "push_to_hub_model_id": (Optional[str], None, "hub_model_id"),
-    "push_to_hub_token": (Optional[str], None, "hub_token"),
-    "torchdynamo": (Optional[str], None, "torch_compile_backend"),  # which sets torch_compile
-    "dispatch_batches": (Optional[bool], None, "accelerator_config.dispatch_batches"),
-    "split_batches": (bool, False, "accelerator_config.split_batches"),
-    "include_tokens_per_second": (bool, False, {"include_num_input_tokens_seen": "all"}),
-}
-# Fields that transformers 5 has removed: type, default, and what to do instead.
-REMOVED = {
-    "overwrite_output_dir": (bool, False, "files are always overwritten; empty the folder instead"),
-    "logging_dir": (Optional[str], None, "set the environment variable TENSORBOARD_LOGGING_DIR"),
-    "save_safetensors": (bool, True, "for the old format call torch.save(model.state_dict(), ...)"),
-    "use_mps_device": (bool, False, "Apple's GPU is the default; use_cpu turns it off"),
-    "jit_mode_eval": (bool, False, "use torch_compile"),
-    "use_ipex": (bool, False, "use bf16 or torch_compile"),
-    "fp16_opt_level": (str, "O1", "use fp16 or bf16, which do what O1 did"),
-    "half_precision_backend": (str, "auto", "use fp16 or bf16"),
-    "tpu_num_cores": (Optional[int], None, "give the number of cores to torch_xla's launcher"),
-    "past_index": (int, -1, "leave it out"),
-    "use_legacy_prediction_loop": (bool, False, "leave it out"),
-    "fp16_backend": (str, "auto", "use fp16 or bf16"),
-    "push_to_hub_organization": (Optional[str], None, "use hub_model_id='organization/name'"),
-    "mp_parameters": (str, "", "use fsdp or deepspeed"),
-    "ray_scope": (str, "last", "set the environment variable RAY_SCOPE"),
-}
-RETIRED = {**RENAMED, **REMOVED}
-
-
-def hidden_fields(**fields):
-    """Make a base class for configs of fields {name: (type, default)} that --help does not list."""
-    return make_dataclass("HiddenFields", [
-        (name, Annotated[kind, tyro.conf.Suppress], field(default=default))
-        for name, (kind, default) in fields.items()])
-
-
-RetiredArguments = hidden_fields(**{
-    name: (kind, default) for name, (kind, default, _) in RETIRED.items()})
-# Arguments of the trainers that TRL 0.9 and later has in its configs: see read_settings.
-SFTArguments = hidden_fields(
-    max_length=(Optional[int], None), dataset_kwargs=(Optional[dict], None),
-    model_init_kwargs=(Optional[dict], None), dataset_batch_size=(Optional[int], 1000),
-    num_of_sequences=(int, 1024), chars_per_token=(float, 3.6))
-DPOArguments = hidden_fields(
-    model_init_kwargs=(Optional[dict], None), ref_model_init_kwargs=(Optional[dict], None),
-    model_adapter_name=(Optional[str], None), ref_adapter_name=(Optional[str], None),
-    disable_dropout=(bool, True), is_encoder_decoder=(Optional[bool], None),
-    label_pad_token_id=(int, -100), padding_value=(int, 0))
-
-
-def replace_retired(config):
-    """Set today's fields of TrainingArguments from retired ones. Raises InputError.
-
-    It raises if transformers 5 has nothing like the retired field, or if both are given and differ.
-    """
-    for name, (_, default, today) in RETIRED.items():
-        value = getattr(config, name)
-        if value == default:
-            continue
-        if name in REMOVED:
-            raise InputError(f"{name}={value!r}: transformers 5 has removed it; {today}")
-        if isinstance(today, dict):
-            today, value = next(iter(today.items()))
-        today, _, key = today.partition(".")
-        current = getattr(config, today)
-        if key and isinstance(current, str):
-            raise InputError(f"{name}={value!r}: {today}={current!r} is a file; set {key} in it")
-        if key:
-            value = {**(current or {}), key: value}
-        elif isinstance(current, (str, bool, int, float)):
-            if current not in (value, type(config).__dataclass_fields__[today].default):
-                raise InputError(f"{name}: it means {today}={value!r}, and {today}={current!r} is "
-                                 f"given; give {today} alone")
-        setattr(config, today, value)
 
 
 # ----------------------------------------------------------------------------- ppo.py and ddpo.py

@@ -690,7 +690,7 @@ class PPOTrainer(machinery.LoopTrainer):
         machinery.prepare_shards(self.accelerator)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             model.keep_module_names()
-            kinds = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad}
+            kinds = machinery.trained_types(model)
             if len(kinds) > 1 and self.accelerator.mixed_precision == "no":
                 raise InputError(f"torch_dtype={' and '.join(sorted(kinds))}: FSDP trains weights "
                                  "of one type, and the value head's is float32; give float32, with "

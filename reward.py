@@ -86,8 +86,7 @@ FORWARD_PASSES = 4  # per micro-batch: four groups of similar length need less p
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class RewardConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
-                   TrainingArguments):
+class RewardConfig(machinery.TrainerFlags, machinery.LoadingFlags, TrainingArguments):
     """List the settings of reward modeling, after transformers.TrainingArguments.
 
     Sizes are per process. Fields that transformers 5 has retired still mean what they meant."""

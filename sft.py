@@ -73,8 +73,8 @@ SLICE = 256  # tokens whose cross-entropy is computed at a time
 
 # ----------------------------------------------------------------------------- configuration
 @dataclass
-class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.RetiredArguments,
-                machinery.SFTArguments, TrainingArguments):
+class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.SFTArguments,
+                TrainingArguments):
     """Extend transformers.TrainingArguments: some defaults differ, and the script has its own."""
 
     output_dir: Optional[str] = "runs/sft"
