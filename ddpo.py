@@ -800,15 +800,14 @@ class DDPOTrainer(machinery.LoopTrainer):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             machinery.cut_lines(self.output_dir, self.lines)
         self.lines = {}  # another call continues
-        self.bar = tqdm(total=last, initial=self.epoch, unit="epoch", disable=not is_main)
+        self.bar = machinery.Bar(is_main, "epoch", total=last, initial=self.epoch)
         with self.bar:
             while self.epoch < last:
                 self.step(self.epoch, self.global_step)
                 if is_main:
                     machinery.append_rows(self.output_dir / "metrics.jsonl",
                                           [{"update": self.epoch, **self.stats}])
-                    self.bar.set_postfix(reward=f"{self.stats['reward_mean']:.3f}", refresh=False)
-                    self.bar.update()
+                    self.bar.show(self.epoch, reward=f"{self.stats['reward_mean']:.3f}")
                 if self.epoch % self.config.save_freq == 0:
                     self.save_checkpoint(self.accelerator.project_dir, self.epoch)
         self.bar = None

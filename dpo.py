@@ -614,6 +614,9 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
                                  "name it, or remove it with model.delete_adapter('reference')")
             copy_adapter(model, "reference")
             self.reference_adapter = "reference"
+            # peft would save the reference too
+            model.save_pretrained = partial(model.save_pretrained,
+                                            selected_adapters=[model.active_adapter])
 
     def prepare_reference(self):
         """Copy the policy if no other reference is given, and bring the reference in place."""
@@ -737,10 +740,11 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])  # little padding
         loader = self.accelerator.prepare_data_loader(DataLoader(
             dataset.select(order), self.args.eval_batch_size, collate_fn=self.data_collator))
-        shows_bar = self.is_world_process_zero() and not self.args.disable_tqdm
+        # None: hidden if stderr is no terminal
+        is_hidden = self.args.disable_tqdm or not self.is_world_process_zero() or None
         logps = []
         with self.reference_on_device():
-            for batch in tqdm(loader, "reference", disable=not shows_bar):
+            for batch in tqdm(loader, "reference", disable=is_hidden):
                 both = torch.stack(self.compute_reference_log_probs(batch), dim=1)  # [B, 2]
                 logps.append(self.accelerator.gather_for_metrics(both).cpu())
         logps = torch.cat(logps)[torch.tensor(order).argsort()]
@@ -1159,7 +1163,7 @@ def main(config: DPOConfig):
     machinery.use_few_threads(model)
     pairs, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[machinery.Journal(out)])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=len(pairs))])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     will_be_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

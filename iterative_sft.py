@@ -286,9 +286,11 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
             self.current_gradient_accumulation_steps = len(micro_batches)
             step_loss = torch.zeros((), device=args.device)
             for batch in micro_batches:
-                is_last = batch is micro_batches[-1]  # ranks exchange gradients once, with the last
+                # ranks exchange gradients once, with the last; those that share weights, each time
+                is_last = batch is micro_batches[-1]
+                exchange = is_last or accelerator.is_fsdp2
                 batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
-                with nullcontext() if is_last else accelerator.no_sync(model):
+                with nullcontext() if exchange else accelerator.no_sync(model):
                     loss = self.compute_loss(model, batch, num_items_in_batch=step_tokens)
                     accelerator.backward(loss)
                 step_loss += loss.detach()
@@ -357,7 +359,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         # forward pass: logits [N, V] of the N positions that have a target
         selection = nullcontext() if return_outputs else only_logits_of(language_model, loss_mask)
         with selection:
-            outputs = model(**inputs)
+            outputs = model(**inputs, use_cache=False)
         logits = outputs.logits
         if return_outputs:
             logits = logits[loss_mask]
@@ -866,8 +868,9 @@ def main(config: IterativeSFTConfig):
     held_out = machinery.load_eval_rows(config, dataset)
     config = copy.copy(config)
     config.max_steps, config.save_steps = plan_steps(config)
+    journal = machinery.Journal(out, ("sampling", "learning"), rows=len(prompts))
     trainer = IterativeSFTTrainer(model, config, tokenizer, eval_dataset=held_out,
-                                  callbacks=[machinery.Journal(out, ("sampling", "learning"))])
+                                  callbacks=[journal])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     for row in held_out or []:
         trainer.evaluation_batch([row])  # find a bad row before the training

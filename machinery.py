@@ -1,16 +1,17 @@
 """The machinery around the six algorithms: nothing here is needed to understand one.
 
-    setup_ranks, prepare_process             torchrun's processes form a group
+    setup_ranks, prepare_reference, ...      processes, devices, sharded models
     run, check_ranges, ...                   the command line: flags in, one clear sentence out
     load_rows, load_prompts                  data: a file, a folder or a hub name
     load_language_model, prepare_training    models and adapters to train
     open_run, new_checkpoint, ...            the output folder, its checkpoints and files
     RetiredArguments, SFTArguments, ...      fields of transformers 4, and of later TRL's configs
-    start_run, TrainerFlags, Journal, ...    what the four files on Trainer share
-    LoopTrainer                              accelerator, trackers, checkpoints of ppo.py, ddpo.py
+    TrainerFlags, start_run, Journal, ...    for sft.py, reward.py, dpo.py, iterative_sft.py
+    LoopTrainer                              for ppo.py, ddpo.py
 
-To follow a run of a file on Trainer: run, start_run, load_language_model,
-load_train_and_eval_rows, then in the constructor read_settings and prepare_training, then Journal.
+What a script on Trainer calls, in order: run, start_run, load_language_model,
+load_train_and_eval_rows, then in the constructor read_settings and prepare_training. Trainer itself
+calls Journal.
 """
 import argparse
 import copy
@@ -36,19 +37,25 @@ from typing import Annotated, Optional, get_args, get_origin
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, fsdp2_prepare_model
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    fsdp2_prepare_model,
+)
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState
 
 from chats import is_chat, prompt_ids, question_of, text_to_show
@@ -72,28 +79,30 @@ from common import (
 def setup_ranks():
     """Prepare torchrun's processes; call it before anything of accelerate or Trainer.
 
-    With GPUs each process takes its own. Without one, accelerate would start WORLD_SIZE independent
-    copies of the job; with ACCELERATE_USE_CPU it forms a gloo group."""
+    With GPUs each process takes its own. Without one, the processes form a gloo group."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # float32 products may use TF32
         return
     keep_freed_memory()
-    if os.environ.get("WORLD_SIZE") == "1":  # one process needs no group, and Trainer warns of one
+    # one process needs no group, and Trainer warns of one
+    if os.environ.get("WORLD_SIZE") == "1":
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
             os.environ.pop(name, None)
     elif "WORLD_SIZE" in os.environ:
+        # without it accelerate would start WORLD_SIZE independent copies of the job
         os.environ["ACCELERATE_USE_CPU"] = "true"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def prepare_process(args):
-    """Check the devices of a Trainer's process. Raises InputError for several GPUs in one process.
+    """Prepare the process of a Trainer with these TrainingArguments.
 
-    Trainer would split each batch among threads, which the algorithms here do not support.
-    report_to=None means no tracker here too; Trainer would look for one of the name None."""
+    Raises InputError for several GPUs in one process."""
+    # report_to=None: no tracker. TrainingArguments makes it [None], which Trainer refuses
     if args.report_to == [None]:
         args.report_to = []
+    # Trainer would split each batch among threads, which the algorithms here do not support
     if args.n_gpu > 1:
         raise InputError(f"this process sees {args.n_gpu} GPUs: start one process per GPU with "
                          f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
@@ -101,25 +110,29 @@ def prepare_process(args):
         keep_freed_memory()
 
 
-def prepare_shards(accelerator):
-    """Set FSDP's precision: gradients are summed in float32. Raises InputError for FSDP 1.
-
-    Weights are gathered in the type of mixed precision; outputs keep the type they have."""
+def prepare_gradients(accelerator):
+    """Let DDP hold gradients once, and FSDP sum them in float32. Raises InputError for FSDP 1."""
     if accelerator.distributed_type != DistributedType.FSDP:
+        handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+        handler.gradient_as_bucket_view = True  # DDP would keep a second copy, in its buckets
+        accelerator.ddp_handler = handler
         return
     if not accelerator.is_fsdp2:
         raise InputError("fsdp_version=1 (accelerate's or Trainer's configuration): only FSDP 2 is "
                          'supported; set FSDP_VERSION=2, or "version": 2 in fsdp_config')
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
+        # weights are gathered in the type of mixed precision; outputs keep the type they have
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy,
                                                 reduce_dtype=torch.float32, output_dtype=None)
+    # reduce gradients after each micro-batch: unreduced ones take 4 bytes per weight on each rank
+    accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
 
 def prepare_reference(accelerator, model):
-    """Freeze a model and move it to the device: in shards if the policy is in shards.
+    """Freeze a reference model and move it to the device, in shards if the policy is in shards.
 
-    Both then compute in the same precision."""
+    It computes in the policy's precision. Returns the model to call."""
     model = model.requires_grad_(False).eval()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
@@ -131,17 +144,32 @@ def prepare_reference(accelerator, model):
         model = deepspeed.initialize(model=model, config=config)[0]
         model.eval()  # an engine's own method returns nothing
         return model
+    if accelerator.mixed_precision == "bf16":
+        halve_matrices(model)
     if accelerator.distributed_type != DistributedType.FSDP:
         return model.to(accelerator.device)
     model = fsdp2_prepare_model(accelerator, model)  # accelerator.prepare asks for an optimizer
-    register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "generate")  # for generate_ref_response
     return model
+
+
+def halve_matrices(model):
+    """Convert the matrices of a frozen model to bfloat16, in place.
+
+    Autocast would convert them in each forward pass: outputs stay the same to the bit. It does not
+    convert embeddings, so these stay as they are."""
+    embeddings = model.get_input_embeddings().weight
+    for module in model.modules():
+        is_linear = isinstance(module, (nn.Linear, Conv1D)) and module.weight is not embeddings
+        if is_linear and module.weight.dtype == torch.float32:
+            # a new parameter: the policy may share the old one
+            module.weight = nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
 def keep_freed_memory():
     """Let malloc keep large freed blocks, on CPUs.
 
-    By default glibc returns each block to the system, which clears it again for the next tensor:
+    By default glibc returns each block to the system, which zeroes it again for the next tensor:
     a fifth of the time of a PPO step."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -153,11 +181,10 @@ def keep_freed_memory():
 def run(main, config_class, toy="", own="", lora=""):
     """Run a script's command line: parse the flags of `config_class`, call `main(config)`.
 
-    toy, own, lora: flags that hold unless the user gives others, for the toy model, for all other
-    models, and for a LoRA of one.
+    toy, own, lora: default flags for the toy model, for all other models, and for a LoRA of one.
     An InputError ends the process with its one sentence and status 1; any other error keeps its
-    traceback. torchrun stops the other ranks as soon as one has failed, and
-    prints its message last."""
+    traceback. torchrun stops the other ranks as soon as one has failed, and prints its message
+    last."""
     import datasets
     import transformers
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler, record
@@ -168,11 +195,12 @@ def run(main, config_class, toy="", own="", lora=""):
     # peft reads a property of models by its old name, and finds out about GPT-2's layers itself
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
-    setup_ranks()  # first: a config of Trainer's looks for devices and ranks as soon as it is made
-    flags = tyro.constructors.ConstructorRegistry()
-    flags.primitive_rule(json_flag)
-    words = [*default_flags(sys.argv[1:], toy, own, lora), *sys.argv[1:]]  # the last one counts
-    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=flags,
+    setup_ranks()  # before the config: TrainingArguments looks for devices and ranks
+    rules = tyro.constructors.ConstructorRegistry()
+    rules.primitive_rule(json_flag)
+    # of a flag that is given twice, the last one counts
+    words = [*default_flags(sys.argv[1:], toy, own, lora), *sys.argv[1:]]
+    config = tyro.cli(config_class, description=main.__doc__.split("\n\n")[0], registry=rules,
                       args=words)
     try:
         record(main)(config)
@@ -200,15 +228,16 @@ def leave_group(message):
         print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        # as this rank ends, others fail too: torchrun finds the first failure by whole seconds
+        # Other ranks fail as this one ends. torchrun finds the first failure by whole seconds, so
+        # this rank's record has to be a second older.
         time.sleep(1.1)
         os._exit(1)
 
 
 def default_flags(words, toy, own, lora):
-    """Return the default flags for the model that `words` name; print them unless it is the toy.
+    """Return the default flags for the model that `words` name, except those that `words` give.
 
-    Each is a pair, --flag value."""
+    Prints them unless the model is the toy. own and lora: pairs "--flag value", no bare flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-name", "--model_name")
     parser.add_argument("--lora-r", "--lora_r", default="0")
@@ -218,22 +247,24 @@ def default_flags(words, toy, own, lora):
     if model.lora_r != "0" or Path(model.model_name, "adapter_config.json").is_file():
         own = f"{own} {lora}"
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    if "--per-device-train-batch-size" in given:  # steps of this size, unless the user says more
+    # a batch size that the user gives is that of a step, unless accumulation is given too
+    if "--per-device-train-batch-size" in given:
         given.add("--gradient-accumulation-steps")
-    flags = [flag for flag in re.findall(r"--\S+ [^-]\S*", own) if flag.split()[0] not in given]
+    pairs = re.findall(r"--\S+ [^-]\S*", own)
+    flags = " ".join(pair for pair in pairs if pair.split()[0] not in given)
     if flags:
-        print_once(f"defaults for this model: {' '.join(flags)}")
-    return " ".join(flags).split()
+        print_once(f"defaults for this model: {flags}")
+    return flags.split()
 
 
 def print_once(line):
-    """Print a line on the main rank, before or after there is a process group."""
+    """Print a line on the main rank; works before there is a process group."""
     if os.environ.get("RANK", "0") == "0":
         print(line)
 
 
 def json_flag(field):
-    """Read a field that takes a dict or a file's name, such as --fsdp-config (a rule of tyro's)."""
+    """Let a field such as --fsdp-config take a JSON dict or a file's name (a rule for tyro)."""
     if not any(dict in (kind, get_origin(kind)) for kind in get_args(field.type)):
         return None
 
@@ -263,7 +294,7 @@ def check_ranges(config, intervals):
 
 
 def check_arguments(name, arguments, function):
-    """Raise InputError if the dict `arguments`, the option `name`, holds one function lacks."""
+    """Raise InputError if `function` does not take all `arguments` (a dict, of option `name`)."""
     known = inspect.signature(function).parameters
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
@@ -301,16 +332,16 @@ def read_settings(trainer_class, args, **arguments):
 
 # ----------------------------------------------------------------------------- data
 def load_rows(name, split=None, config=None, usual=("train",), flag="dataset_split"):
-    """Load the rows of one split of a dataset -> datasets.Dataset. Raises InputError.
+    """Load the rows of one split of a dataset. Returns a datasets.Dataset. Raises InputError.
 
     name: a local .jsonl, .json, .csv, .parquet or .txt file (each line is a row `text`), a folder
     written by `save_to_disk` (or any folder that `load_dataset` reads), or a name on the hub.
-    split: if None, the only one, or the first of `usual` there is. flag: its name, for errors."""
+    split: None: the only one, or the first of `usual` that exists. config: the configuration of a
+    dataset that has several. flag: the name of the option `split`, for errors."""
     splits = load_splits(name, config)
-    if split is None and len(splits) > 1:
-        split = next((candidate for candidate in usual if candidate in splits), None)
-    elif split is None:
-        split, = splits
+    if split is None:
+        candidates = usual if len(splits) > 1 else splits
+        split = next((candidate for candidate in candidates if candidate in splits), None)
     if split not in splits:
         raise InputError(f"{flag}={split} (dataset {name}): it has the splits {', '.join(splits)}; "
                          "name one of them")
@@ -318,7 +349,7 @@ def load_rows(name, split=None, config=None, usual=("train",), flag="dataset_spl
 
 
 def load_splits(name, config=None):
-    """Load a dataset -> {split: datasets.Dataset}; rows without a split are `train`."""
+    """Load a dataset. Returns {split: datasets.Dataset}; rows without a split are `train`."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path = Path(name)
@@ -339,9 +370,10 @@ def load_splits(name, config=None):
 
 
 def map_options(args, rows, num_proc):
-    """Return options for `rows.map`: a machine's first process fills the cache, the others read it.
+    """Return options for `rows.map`; a stream takes none.
 
-    The cache of an earlier run is not used: the code may have changed."""
+    A machine's first process fills the cache, the others read it. It does not read the cache of an
+    earlier run: the code may have changed."""
     from datasets import IterableDataset
     if isinstance(rows, IterableDataset):
         return {}
@@ -351,7 +383,7 @@ def map_options(args, rows, num_proc):
 def report_rows(name, what, count, total, flags, why):
     """Print how many rows of a dataset were truncated or dropped, and why, on the main rank.
 
-    what: "truncated" or "dropped". flags: of each row, whether it was; for the first number."""
+    what: "truncated" or "dropped". flags: whether it was, per row; read up to the first."""
     if count:
         first = next(i for i, flag in enumerate(flags) if flag)
         print_once(f"{name}: {what} {count} of {total} rows, row {first} the first: {why}")
@@ -364,9 +396,6 @@ def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=Fa
                  config=None):
     """Load prompts, and check their lengths. Returns a `Prompts`.
 
-    Its rows are {"query", "input_ids", "shown", "messages", "metadata"}: the prompt's text, its
-    token ids, what samples show of it (of a chat the last user turn), the messages of a chat or
-    None, and the whole row.
     name: a dataset with a column query, prompt, messages (chat, through the tokenizer's template; a
     last turn of the assistant is dropped), text or input_ids.
     max_length: truncate texts to this many tokens, and drop longer chats. longest: raise for a
@@ -378,11 +407,12 @@ def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=Fa
         raise InputError(f"dataset {name} has the columns {rows.column_names} and none of "
                          f"{', '.join(PROMPT_COLUMNS)}: rename the one that holds the prompts")
     limit = max_length or 10**9
-    dropped = set()
+    is_dropped = []
     with explain(f"dataset {name}: column {column} can't be tokenized"):
         for number, (length, has_turns) in enumerate(prompt_lengths(rows, column, tokenizer)):
-            if has_turns and length > limit:  # truncated, it would lack its generation prompt
-                dropped.add(number)
+            # a truncated chat would lack its generation prompt
+            is_dropped.append(has_turns and length > limit)
+            if is_dropped[-1]:
                 continue
             length = min(length, limit)
             if length == 0:
@@ -391,11 +421,10 @@ def load_prompts(name, tokenizer, max_length=None, longest=None, keep_columns=Fa
                 raise InputError(f"dataset {name}, row {number}: {length} tokens leave no room "
                                  f"for a response, the most is {longest}; set --max-query-length "
                                  "or reduce --max-new-tokens")
-    if dropped:
-        warnings.warn(f"dataset {name}: dropped {len(dropped)} of {len(rows)} chats, row "
-                      f"{min(dropped)} the first: they are longer than max_query_length="
-                      f"{max_length} tokens", stacklevel=2)
-        rows = rows.select([i for i in range(len(rows)) if i not in dropped])
+    report_rows(f"dataset {name}", "dropped", sum(is_dropped), len(rows), is_dropped,
+                f"chats longer than max_query_length={max_length} tokens")
+    if any(is_dropped):
+        rows = rows.select([i for i, dropped in enumerate(is_dropped) if not dropped])
     if len(rows) == 0:
         raise InputError(f"dataset {name}: no prompt is left within max_query_length={max_length} "
                          "tokens; raise it")
@@ -417,9 +446,11 @@ def prompt_lengths(rows, column, tokenizer):
 
 
 class Prompts(torch.utils.data.Dataset):
-    """Tokenize a dataset's prompts as they are asked for: a million take no memory.
+    """Tokenize a dataset's prompts one by one, when asked for: a million take no memory.
 
-    The arguments and the rows are those of `load_prompts`. A slice is a list of rows."""
+    A row is {"query", "input_ids", "messages", "metadata", "shown"}: the prompt's text, its token
+    ids, the messages of a chat or None, the whole row of the dataset, and what samples show (of a
+    chat the last user turn). A slice is a list of rows. Arguments: see load_prompts."""
 
     def __init__(self, rows, column, tokenizer, max_length, keep_columns):
         self.rows, self.column, self.tokenizer = rows, column, tokenizer
@@ -461,9 +492,9 @@ def loading_arguments(config):
 
 
 def load_tokenizer(name, **kwargs):
-    """Load the tokenizer of a model's folder or hub name, with a pad token.
+    """Load the tokenizer of a model, by folder or hub name, with a pad token.
 
-    kwargs: those for the model's from_pretrained."""
+    kwargs: those of the model's from_pretrained, most of which a tokenizer does not take."""
     kwargs = hub_arguments(kwargs, "trust_remote_code")
     return with_padding(AutoTokenizer.from_pretrained(name, **kwargs))
 
@@ -483,7 +514,7 @@ def with_padding(tokenizer):
 
 
 def load_config(name, **kwargs):
-    """Load the configuration of a model, of a LoRA adapter that of its base model."""
+    """Load the configuration of a model, or of a LoRA adapter's base model."""
     base, kwargs = base_of(name, **kwargs)
     return AutoConfig.from_pretrained(base, **hub_arguments(kwargs, "trust_remote_code"))
 
@@ -495,33 +526,13 @@ def load_language_model(name, **kwargs):
 
 
 def load_model(name, is_encoder_decoder=None, **kwargs):
-    """Load a language model, or an adapter on one, which trains further.
+    """Load a language model, or an adapter on its base model, which trains further.
 
-    is_encoder_decoder: if None, as its configuration says. kwargs: see load_pretrained."""
+    is_encoder_decoder: None: as its configuration says. kwargs: see load_pretrained."""
     if is_encoder_decoder is None:
         is_encoder_decoder = load_config(name, **kwargs).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     return load_pretrained(auto_class, name, True, **kwargs)
-
-
-def load_sequence_classifier(name, **kwargs):
-    """Load a classifier to train; a language model gets a fresh head with one label.
-
-    An adapter of a classifier trains further. One of a language model is merged into its base
-    model: the fresh head then reads what the adapter has learned."""
-    has_head = "SequenceClassification" in str(load_config(name, **kwargs).architectures)
-    head = {} if has_head else {"num_labels": 1}
-    base, base_kwargs = base_of(name, **kwargs)
-    task_type = "SEQ_CLS"
-    if base != name:
-        from peft import PeftConfig
-        task_type = PeftConfig.from_pretrained(name, **hub_arguments(kwargs)).task_type
-    if task_type in ("SEQ_CLS", None):
-        return load_pretrained(AutoModelForSequenceClassification, name, True, **head, **kwargs)
-    merged = load_pretrained(AutoModelForCausalLM, name, False, **kwargs).merge_and_unload()
-    model = AutoModelForSequenceClassification.from_pretrained(base, **head, **base_kwargs)
-    model.base_model.load_state_dict(merged.base_model.state_dict())
-    return model
 
 
 def longest_prompt(model, max_new_tokens):
@@ -541,31 +552,25 @@ def lora_config(config, is_encoder_decoder=False):
 
 
 def prepare_training(model, peft_config=None, seed=None):
-    """Prepare a model for training, with a fresh adapter if peft_config is given and it has none.
+    """Prepare a model for training. Returns it, with a fresh adapter if peft_config asks for one.
 
-    Freezes what text does not reach, makes the path of the adapter's base absolute, computes a head
-    that is trained next to a frozen base in float32, and warns of half precision. seed: of the
-    adapter's weights. Raises InputError if nothing would train."""
+    Freezes what text does not reach, and warns of half precision. seed: of the adapter's weights.
+    Raises InputError if nothing would train."""
     if peft_config is not None and hasattr(model, "peft_config"):
         warnings.warn("peft_config (or lora_r) has no effect: the model has an adapter already, "
                       "which trains further", stacklevel=4)
     elif peft_config is not None:
         model = with_adapter(model, peft_config, seed)
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    if hasattr(model, "peft_config"):
+        plain = model.get_base_model()
+        train_heads_in_float32(plain)
+        for config in model.peft_config.values():
+            base = config.base_model_name_or_path
+            if base and os.path.isdir(base):  # the saved adapter opens in every working directory
+                config.base_model_name_or_path = os.path.abspath(base)
+    else:
+        plain = model
     freeze_beyond_text(plain)
-    for config in getattr(model, "peft_config", {}).values():
-        base = config.base_model_name_or_path
-        if base and os.path.isdir(base):  # the saved adapter opens in every working directory
-            config.base_model_name_or_path = os.path.abspath(base)
-    if plain is not model:
-        backbone = set(plain.base_model.parameters())
-        for module in plain.modules():
-            own = set(module.parameters(recurse=False))
-            is_half = all(p.requires_grad and p.dtype != torch.float32 for p in own)
-            if own and is_half and not own & backbone:  # a head that trains in half precision
-                module.float()
-                module.register_forward_pre_hook(  # FSDP may gather it in bfloat16
-                    lambda head, args: (args[0].to(head.weight.dtype),))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model: none of its parameters requires a gradient, so nothing would "
                          "train; load an adapter with is_trainable=True")
@@ -573,10 +578,22 @@ def prepare_training(model, peft_config=None, seed=None):
     return model
 
 
+def train_heads_in_float32(model):
+    """Convert to float32 the heads that train in full on a base model in half precision."""
+    backbone = set(model.base_model.parameters())
+    for module in model.modules():
+        own = set(module.parameters(recurse=False))
+        is_half = all(p.requires_grad and p.dtype != torch.float32 for p in own)
+        if own and is_half and not own & backbone:
+            module.float()
+            # not a constant: FSDP may gather the weight in bfloat16
+            module.register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))
+
+
 def scale_learning_rate(rate, model):
     """Return rate x sqrt(1e5 / number of weights): larger models take smaller steps.
 
-    An adapter takes ten times larger ones than all weights do (Hu et al. 2021, LoRA)."""
+    An adapter takes ten times larger steps than all weights do (Hu et al. 2021, LoRA)."""
     rate *= math.sqrt(1e5 / number_of_weights(model))
     rate *= 10 if hasattr(model, "peft_config") else 1
     print_once(f"learning rate {rate:.2g}, by the model's size; --learning-rate gives another")
@@ -584,18 +601,19 @@ def scale_learning_rate(rate, model):
 
 
 def number_of_weights(model):
-    """Count a model's weights; under ZeRO-3 a parameter itself is empty, and ds_numel its size."""
+    """Count all weights of a model, its shards on other ranks included."""
+    # under ZeRO-3 a parameter itself is empty, and ds_numel its size
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def use_few_threads(model):
-    """Use one thread for a model below a million weights: splitting its products takes longer."""
+    """Use one thread for a model below a million weights, which more threads slow down."""
     if number_of_weights(model) < 10**6:
         torch.set_num_threads(1)
 
 
 def trained_types(model):
-    """Return the names of the types of the weights that train, such as {"float32"}."""
+    """Return the dtypes of the weights that train, by name, such as {"float32"}."""
     types = {p.dtype for p in model.parameters() if p.requires_grad}
     return {str(dtype).removeprefix("torch.") for dtype in types}
 
@@ -611,23 +629,26 @@ def warn_of_half_precision(model):
 def open_run(output_dir, resume_from, default):
     """Return the output folder, and the checkpoint to resume from or None. Raises InputError.
 
-    resume_from: a checkpoint, or a run's folder: its newest whole checkpoint. output_dir: None: the
-    folder of the checkpoint, of a fresh run `default`."""
+    resume_from: a checkpoint, or a run's folder, whose newest whole checkpoint counts. output_dir:
+    None: the folder of the checkpoint; for a fresh run, `default`."""
     checkpoint = newest_checkpoint(resume_from) if resume_from else None
     out = Path(output_dir or (checkpoint.parent if checkpoint else default))
-    is_same = checkpoint is not None and checkpoint.parent.resolve() == out.resolve()
+    continues = checkpoint is not None and checkpoint.parent.resolve() == out.resolve()
     newest = [folder.name for folder in checkpoints(out)[-1:]]
-    if is_same and Path(resume_from).name == checkpoint.name not in newest:
+    # a run's folder may hold newer ones: they are damaged
+    is_named = continues and Path(resume_from).name == checkpoint.name
+    if is_named and checkpoint.name not in newest:
         raise InputError(f"resume from {checkpoint}: {out} holds the newer {', '.join(newest)}; "
                          "remove it, or give another --output-dir")
-    writable_folder(out, fresh=not is_same)
+    writable_folder(out, fresh=not continues)
     return out, checkpoint
 
 
 def writable_folder(path, fresh):
     """Create the output folder, and check that it is writable. Raises InputError.
 
-    A fresh run, or one resumed from elsewhere, refuses a folder with checkpoints of another run."""
+    fresh: the run is new, or resumed from another folder. Such a run refuses a folder that holds
+    checkpoints, and removes the files to which runs append."""
     path = Path(path)
     with explain(f"output_dir {path} can't be written"):
         path.mkdir(parents=True, exist_ok=True)
@@ -637,13 +658,13 @@ def writable_folder(path, fresh):
         raise InputError(f"output_dir {path} holds {left[-1]} of an earlier run: resume from it, "
                          "choose another --output-dir, or remove it")
     if fresh and os.environ.get("RANK", "0") == "0":
-        for name in ("metrics.jsonl", "samples.jsonl"):  # runs append to them
+        for name in ("metrics.jsonl", "samples.jsonl"):
             (path / name).unlink(missing_ok=True)
 
 
 def is_full(folder, error):
-    """Return True if the disk of a folder is full: a library's error may not say so."""
-    try:
+    """Return whether an error came from a full disk, the folder's. A library may not say so."""
+    try:  # to write
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(2**20))
     except OSError as own_error:
@@ -658,7 +679,7 @@ def checkpoints(path):
 
 
 def checkpoints_up_to(path):
-    """List the checkpoints of the run that is resumed from `path`, oldest first."""
+    """List a run's checkpoints up to `path`, from which it is resumed, oldest first."""
     path = Path(path).resolve()
     found = checkpoints(path.parent)
     return found[:found.index(path) + 1] if path in found else []
@@ -690,12 +711,13 @@ PARTS = {"weights": ("*.safetensors", "pytorch_model*"), "optimizer": ("*optimiz
 
 
 def check_checkpoint(folder):
-    """Open every file of a checkpoint, so that damage shows now. Raises InputError."""
+    """Open every file of a checkpoint to find damage early. Raises InputError."""
     with explain(f"checkpoint {folder} is damaged; give the folder of its run, whose "
                  "newest whole checkpoint counts"):
         for part, names in PARTS.items():
             has_part = any(file for name in names for file in folder.rglob(name))
-            if not has_part and not (folder / "latest").exists():  # DeepSpeed has its own folders
+            is_deepspeeds = (folder / "latest").exists()  # it has folders of its own
+            if not has_part and not is_deepspeeds:
                 raise FileNotFoundError(f"it holds no {part}")
         for file in folder.rglob("*"):
             if file.suffix == ".safetensors":
@@ -710,9 +732,9 @@ def check_checkpoint(folder):
 def new_checkpoint(accelerator, folder, number, own, keep=None, best=None):
     """Yield a folder to write to, which becomes folder/checkpoint-<number>. Call on every rank.
 
-    It is renamed when it is complete: a run that is killed meanwhile has the one before. Then the
-    oldest are removed, except `keep` of them (None: all) and the one whose path is `best`.
-    own: list of the run's checkpoints, to which it is added; no other is removed."""
+    It gets this name when it is complete: a run that is killed meanwhile has the one before.
+    own: the run's checkpoints, oldest first. The new one is appended; all but the last `keep`
+    (None: all) and the one whose path is `best` are removed. No other checkpoint is removed."""
     folder = Path(folder).resolve()
     final, aside = folder / f"checkpoint-{number}", folder / "checkpoint.tmp"
     if accelerator.is_main_process:
@@ -732,9 +754,15 @@ def new_checkpoint(accelerator, folder, number, own, keep=None, best=None):
 
 
 def append_rows(path, rows):
-    """Append rows to a .jsonl file."""
+    """Append rows to a .jsonl file. JSON has no NaN and no infinity: they become null."""
     with Path(path).open("a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            row = {name: finite_or_none(value) for name, value in row.items()}
+            file.write(json.dumps(row) + "\n")
+
+
+def finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def count_lines(folder):
@@ -744,7 +772,7 @@ def count_lines(folder):
 
 
 def cut_lines(folder, lines):
-    """Cut files back to `lines` {name: lines}: a resumed run writes again what followed."""
+    """Truncate files to `lines` {name: number}: a resumed run writes again what followed."""
     for name, kept in lines.items():
         path = Path(folder, name)
         if path.exists():
@@ -783,6 +811,24 @@ def log_samples(folder, title, rows):
         texts = [value for value in row.values() if isinstance(value, str)]
         tqdm.write("  " + "".join(numbers) + " |".join(texts).replace("\n", "\n      "))
     append_rows(Path(folder, "samples.jsonl"), rows)
+
+
+class Bar(tqdm):
+    """Show a progress bar on the main rank. If stderr is no terminal, `show` prints lines."""
+
+    def __init__(self, is_main, unit, **settings):
+        is_hidden = not is_main or None  # None: if stderr is no terminal
+        super().__init__(unit=unit, disable=is_hidden, **settings)
+        self.unit = unit  # a disabled tqdm does not set it
+        self.prints_lines = is_main and self.disable
+
+    def show(self, number, **numbers):
+        """Show numbers {name: text} of the step with this number."""
+        self.set_postfix(numbers, refresh=False)
+        self.update(number - self.n)
+        if self.prints_lines:
+            line = ", ".join(f"{name} {text}" for name, text in numbers.items())
+            print(f"{self.unit} {number}/{self.total}: {line}", flush=True)
 
 
 def write_model_card(folder, what, config, data, metrics):
@@ -901,7 +947,7 @@ def replace_retired(config):
 # ----------------------------------------------------------------------------- files on Trainer
 @dataclass
 class TrainerFlags(RetiredArguments):
-    """List the fields that the four configs on TrainingArguments share."""
+    """Hold the fields that the four configs on TrainingArguments share."""
 
     dataset_split: Optional[str] = None
     """Split to train on, such as train_sft. None: train, or the only one."""
@@ -919,8 +965,8 @@ class TrainerFlags(RetiredArguments):
         if self.report_to is None:
             self.report_to = "none"
         if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True  # Trainer computes in bfloat16 on a CPU only if told so
-        # the name in transformers 5; Trainer warns about the old one
+            self.use_cpu = True  # without it TrainingArguments refuses bfloat16 on a CPU
+        # transformers 5 has renamed it, and warns of the old name; the default is ours
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.activation_checkpointing_kwargs is None:
@@ -949,9 +995,9 @@ def start_run(config):
 
 
 def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
-    """Load the rows of config.dataset, and the evaluation's, or None. Raises InputError.
+    """Load the rows of config.dataset, and those to evaluate on, or None. Raises InputError.
 
-    Without config.dataset: the files of the toy."""
+    toy_rows, toy_eval_rows: files of toy/, used without config.dataset."""
     dataset = config.dataset or TOY / toy_rows
     rows = load_rows(dataset, config.dataset_split, config.dataset_config)
     held_out = load_eval_rows(config, dataset)
@@ -963,8 +1009,8 @@ def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
 def load_eval_rows(config, dataset):
     """Load the rows to evaluate on, or return None.
 
-    They are a split of config.eval_dataset or, if config.eval_dataset_split is given, of `dataset`,
-    which is trained on. Raises InputError if that would silently be the split of the training."""
+    They are a split of config.eval_dataset or, if only config.eval_dataset_split is given, of
+    `dataset`, which is trained on. Raises InputError if that would be the training split."""
     split = config.eval_dataset_split
     name = config.eval_dataset or (split and dataset)
     if not name:
@@ -998,19 +1044,18 @@ def check_split(train_dataset):
 def read_stream(rows):
     """Read a stream into a list; anything else stays as it is.
 
-    Ranks fill the last batch of a stream with rows that they have had, and can't tell them apart
-    in evaluation."""
+    Ranks fill the last batch of a stream with repeated rows, which an evaluation would count."""
     from datasets import IterableDataset
     is_stream = isinstance(rows, (IterableDataset, torch.utils.data.IterableDataset))
     return list(rows) if is_stream else rows
 
 
 class ShardedTrainer:
-    """Shard weights by FSDP 2, and save tied ones once (a Trainer's mixin)."""
+    """Prepare gradients for several ranks, and save tied weights once (a mixin for Trainer)."""
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        prepare_shards(self.accelerator)
+        prepare_gradients(self.accelerator)
 
     def save_model(self, *args, **kwargs):
         """Write the model as Trainer does. Call on every rank."""
@@ -1019,11 +1064,11 @@ class ShardedTrainer:
 
 
 class TokenMeanEvaluation:
-    """Make eval_loss the mean over all tokens of all ranks, not over batches (a Trainer's mixin).
+    """Make eval_loss the mean over all tokens of all ranks, not over batches (a mixin for Trainer).
 
     `compute_loss` calls add_to_evaluation when the model is in eval mode."""
 
-    eval_sums = torch.zeros(2)  # of the losses, and their number
+    eval_sums = torch.zeros(2)  # the sum of the losses, and their number
 
     def add_to_evaluation(self, nll, loss_mask):
         """Add losses [N] under loss_mask [B, T] to the evaluation's sums, over all ranks.
@@ -1057,20 +1102,21 @@ class Journal(TrainerCallback, ExportableState):
 
     Each line is {"update": optimizer steps so far, "loss": ..., ...}. A checkpoint holds `state()`,
     so that a resumed run writes each line once, with the numbers of an uninterrupted run.
-    phases: what the bar says between and within epochs, such as ("sampling", "learning")."""
+    phases: what the bar says between and within epochs, such as ("sampling", "learning").
+    rows: the number of rows of the dataset; a resume with another number warns."""
 
-    def __init__(self, folder, phases=("", "")):
-        self.folder, self.phases = folder, phases
+    def __init__(self, folder, phases=("", ""), rows=None):
+        self.folder, self.phases, self.rows = folder, phases, rows
         self.order, self.save_later = {}, False
 
     def state(self):
-        arguments = {"folder": str(self.folder), "phases": self.phases}
+        arguments = {"folder": str(self.folder), "phases": self.phases, "rows": self.rows}
         return {"args": arguments,
                 "attributes": {"lines": count_lines(self.folder), "order": self.order}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
-        self.order = data_order(args)
+        self.order = data_order(args, rows=self.rows)
         lines = {"metrics.jsonl": 0}
         if state.global_step and "Journal" in state.stateful_callbacks:
             saved = state.stateful_callbacks["Journal"]["attributes"]
@@ -1078,8 +1124,8 @@ class Journal(TrainerCallback, ExportableState):
             warn_of_other_order(saved["order"], self.order)
         if main:
             cut_lines(self.folder, lines)
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="update",
-                        desc=self.phases[0] or None, disable=not main or args.disable_tqdm)
+        self.bar = Bar(main and not args.disable_tqdm, "update", total=state.max_steps,
+                       initial=state.global_step, desc=self.phases[0] or None)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.bar.set_description(self.phases[1])
@@ -1102,7 +1148,7 @@ class Journal(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             append_rows(Path(self.folder, "metrics.jsonl"), [{"update": state.global_step, **logs}])
             if "loss" in logs:
-                self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+                self.bar.show(state.global_step, loss=f"{logs['loss']:.4f}")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         timing = ("runtime", "per_second", "epoch")
@@ -1127,7 +1173,7 @@ def mean_loss(log_history):
 
 def last_evaluation(trainer):
     """Return the final evaluation's metrics; evaluate again if the best model was loaded since."""
-    last = trainer.state.log_history[-2:][0]  # before train()'s own line
+    last = trainer.state.log_history[-2:][0]  # the last line is that of train() itself
     is_current = "eval_loss" in last and not trainer.args.load_best_model_at_end
     return last if is_current else trainer.evaluate()
 
@@ -1141,12 +1187,14 @@ class LoopTrainer:
 
     keep_checkpoints = 1
     lr_scheduler = None
-    lines = {"metrics.jsonl": 0}  # what a run begins with of the lines in its folder
+    dataset = None  # DDPO draws its prompts from a function
+    lines = {"metrics.jsonl": 0}  # lines that a run keeps of the files in its folder
 
     def start_accelerator(self, project, **settings):
-        """Make the accelerator from `project`, arguments of ProjectConfiguration, and settings.
+        """Make the accelerator. Raises InputError.
 
-        The config's project_kwargs and accelerator_kwargs override them. Raises InputError."""
+        project: arguments of ProjectConfiguration; settings: of Accelerator. The config's
+        project_kwargs and accelerator_kwargs override them."""
         config = self.config
         check_arguments("project_kwargs", config.project_kwargs, ProjectConfiguration)
         check_arguments("accelerator_kwargs", config.accelerator_kwargs, Accelerator)
@@ -1154,6 +1202,7 @@ class LoopTrainer:
         project.automatic_checkpoint_naming = False  # save_checkpoint names them
         settings = {"log_with": config.log_with, "project_config": project, **settings}
         self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
+        prepare_gradients(self.accelerator)
         self.own_checkpoints = []
         if self.accelerator.gradient_accumulation_steps != 1:
             raise InputError("gradient_accumulation_steps (accelerator_kwargs or accelerate's "
@@ -1176,30 +1225,17 @@ class LoopTrainer:
                      if isinstance(value, (int, float, str, bool))}
             self.accelerator.init_trackers(config.tracker_project_name, plain, tracker_kwargs)
 
-    def log_table_and_histograms(self, vectors, columns, table):
-        """Send vectors {name: tensor [n]} and a table of samples to the tracker (main rank)."""
-        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
-            if tracker.name == "wandb":
-                import wandb
-                # a ratio may overflow, and a histogram's bins can be too narrow for float32
-                histograms = {name: wandb.Histogram(x[x.isfinite()].double().cpu().numpy())
-                              for name, x in vectors.items()}
-                tracker.log(histograms, step=self.current_step)
-                tracker.log_table("game_log", columns, table, step=self.current_step)
-            else:
-                for name, vector in vectors.items():
-                    tracker.writer.add_histogram(name, vector.float().cpu(), self.current_step)
-                rows = [" | ".join([f"{reward:.2f}", *map(str, row)]) for *row, reward in table]
-                tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
-
     def data_order(self):
-        return data_order(self.config, world_size=self.accelerator.num_processes)
+        """Return what the order of the data depends on, the number of ranks and rows included."""
+        rows = None if self.dataset is None else len(self.dataset)
+        return data_order(self.config, world_size=self.accelerator.num_processes, rows=rows)
 
     def state_dict(self):
-        """Return what a resumed run is compared with, and cuts its files back to."""
+        """Return the lines that a resumed run keeps of its files, and the order of the data."""
         return {"lines": count_lines(self.output_dir), "order": self.data_order()}
 
     def load_state_dict(self, state):
+        """Take over the lines of a checkpoint; warn if the order of the data is another."""
         self.lines, self.saved_order = state["lines"], state["order"]
         warn_of_other_order(self.saved_order, self.data_order())
 
@@ -1229,7 +1265,8 @@ class LoopTrainer:
         path = newest_checkpoint(path)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         with explain(f"checkpoint {path} can't be loaded; resume with the flags of its run"):
-            self.accelerator.load_state(str(path), strict=False)  # without what is frozen
+            # a checkpoint does not hold what is frozen
+            self.accelerator.load_state(str(path), strict=False)
             rank = self.accelerator.process_index
             if rank < int(self.saved_order["world_size"]):  # accelerate goes on without it
                 zipfile.ZipFile(path / f"random_states_{rank}.pkl").close()

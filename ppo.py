@@ -63,7 +63,6 @@ from accelerate.utils.memory import clear_device_cache
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
-from tqdm import tqdm
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 import chats
@@ -400,14 +399,15 @@ class PPOTrainer(machinery.LoopTrainer):
                  "advantages": advantages, "returns": returns}
         train_stats = []
         self.model.train()
-        self.stepper.zero_grad(set_to_none=False)  # gradients left by an update that raised
+        self.stepper.zero_grad()  # gradients left by an update that raised
         for epoch, step_rows in self.shuffled_rows(len(queries)):
             # the loss is the mean over the tokens of this optimizer step, on all ranks
             step_tokens = self.sum_over_ranks(masks[step_rows].sum())
             minibatches = common.split(step_rows, config.mini_batch_size)
             for i, rows in enumerate(minibatches):
-                is_last = i + 1 == len(minibatches)  # ranks exchange gradients once, with the last
-                with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                # ranks exchange gradients once, with the last; those that share weights, each time
+                exchange = i + 1 == len(minibatches) or self.accelerator.is_fsdp2
+                with nullcontext() if exchange else self.accelerator.no_sync(self.model):
                     inputs = self.select(rows, queries, responses, response_masks)
                     logprobs, logits, vpreds, mask = self.batched_forward_pass(
                         self.model, **inputs, return_logits=True)
@@ -415,10 +415,10 @@ class PPOTrainer(machinery.LoopTrainer):
                     minibatch = {name: x[rows, :mask.shape[1]] for name, x in batch.items()}
                     loss_p, loss_v, stats = self.loss(
                         **minibatch, logprobs=logprobs, logits=logits, vpreds=vpreds, mask=mask)
+                    del logits  # the largest tensor: free it before the backward pass
                     # accelerate averages gradients over ranks; times world_size it is their sum
                     weight = mask.sum() * config.world_size / step_tokens
                     self.accelerator.backward((loss_p + loss_v) * weight)
-                del logits  # the largest tensor: free it before the next forward pass
                 train_stats.append({**stats, "mask": mask, "epoch": epoch})
             stop = self.has_moved_too_far(train_stats)
             self.optimizer_step(train_stats[-len(minibatches):], skip=stop)
@@ -446,7 +446,9 @@ class PPOTrainer(machinery.LoopTrainer):
         is_full = self.config.kl_penalty == "full"
         lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         results = [None] * len(queries)
-        with torch.no_grad(), common.unsharded(self.policy, self.ref_model):
+        # autocast around all passes: it casts the policy's weights once
+        with (torch.no_grad(), common.unsharded(self.policy, self.ref_model),
+              self.accelerator.autocast()):
             for rows in common.batches_of_similar_length(lengths, FORWARD_TOKENS):
                 inputs = self.select(rows, queries, responses, response_masks)
                 logprobs, logits, values, mask = self.batched_forward_pass(
@@ -548,7 +550,8 @@ class PPOTrainer(machinery.LoopTrainer):
         with torch.no_grad():
             log_ratio = logprobs - old_logprobs
             per_token = {
-                "policy/entropy": entropy_from_logits(logits),
+                # row by row: of all rows at once it would take as much memory again
+                "policy/entropy": torch.stack([entropy_from_logits(row) for row in logits]),
                 # three estimates of KL(pi_old || pi)
                 "policy/approxkl": 0.5 * log_ratio**2,       # biased, never negative
                 "policy/policykl": -log_ratio,               # unbiased, may be negative
@@ -606,13 +609,13 @@ class PPOTrainer(machinery.LoopTrainer):
         return bool(kl / tokens > 1.5 * self.config.target_kl)
 
     def optimizer_step(self, minibatch_stats, skip=False):
-        """Clip the gradient of these minibatches and step, or skip; then set it to zero."""
+        """Clip the gradient of these minibatches and step, or skip; then free the gradient."""
         skip = skip or any(stats["policy/skipped"] for stats in minibatch_stats)
         if not skip and self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         if not skip:
             self.stepper.step()
-        self.stepper.zero_grad(set_to_none=False)
+        self.stepper.zero_grad()
 
     # =========================================================================
     # Part 2, the machinery: nothing below is needed to understand the algorithm.
@@ -687,7 +690,6 @@ class PPOTrainer(machinery.LoopTrainer):
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise InputError("distributed_type=DEEPSPEED (accelerate's configuration): PPO does "
                              "not run under DeepSpeed; shard the model with FSDP 2 (docs/ppo.md)")
-        machinery.prepare_shards(self.accelerator)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             model.keep_module_names()
             kinds = machinery.trained_types(model)
@@ -981,6 +983,22 @@ class PPOTrainer(machinery.LoopTrainer):
         table = [[*row, reward] for row, reward in zip(rows, rewards.tolist(), strict=True)]
         self.log_table_and_histograms(vectors, [*columns_to_log, "reward"], table)
 
+    def log_table_and_histograms(self, vectors, columns, table):
+        """Send vectors {name: tensor [n]} and a table of samples to the tracker (main rank)."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            if tracker.name == "wandb":
+                import wandb
+                # a ratio may overflow, and a histogram's bins can be too narrow for float32
+                histograms = {name: wandb.Histogram(x[x.isfinite()].cpu().double().numpy())
+                              for name, x in vectors.items()}
+                tracker.log(histograms, step=self.current_step)
+                tracker.log_table("game_log", columns, table, step=self.current_step)
+            else:
+                for name, vector in vectors.items():
+                    tracker.writer.add_histogram(name, vector.float().cpu(), self.current_step)
+                rows = [" | ".join([f"{reward:.2f}", *map(str, row)]) for *row, reward in table]
+                tracker.writer.add_text("game_log", "\n\n".join(rows), self.current_step)
+
     # ------------------------------------------------------------------ saving
     def create_model_card(self, path, model_name="TRL Model"):
         """Write README.md into the folder `path`: what the model is and how to load it."""
@@ -1058,7 +1076,7 @@ class RunningMoments:
         A single number has no spread: its standard deviation counts as 1."""
         if self.accelerator.num_processes > 1:
             xs = self.accelerator.gather(xs)
-        xs = xs.double()
+        xs = xs.cpu().double()  # Apple's GPU has no float64
         n, xs_mean, xs_var = xs.numel(), xs.mean().item(), xs.var(correction=0).item()
         total, delta = self.count + n, xs_mean - self.mean
         between = delta**2 * self.count * n / total
@@ -1213,8 +1231,8 @@ def main(config: PPOConfig):
         machinery.cut_lines(out, trainer.lines)
 
     stats = {}
-    bar = tqdm(total=config.total_ppo_epochs, initial=trainer.current_step, unit="update",
-               disable=not is_main)
+    bar = machinery.Bar(is_main, "update", total=config.total_ppo_epochs,
+                        initial=trainer.current_step)
     while trainer.current_step < config.total_ppo_epochs:
         for batch in trainer.dataloader:
             bar.set_description("sampling")
@@ -1225,9 +1243,8 @@ def main(config: PPOConfig):
             if is_main:
                 row = {"update": trainer.current_step, **split_stats(stats)[0]}
                 machinery.append_rows(out / "metrics.jsonl", [row])
-                bar.set_postfix(score=f"{stats['objective/scores']:.2f}",
-                                kl=f"{stats['objective/kl']:.2f}", refresh=False)
-                bar.update()
+                bar.show(trainer.current_step, score=f"{stats['objective/scores']:.2f}",
+                         kl=f"{stats['objective/kl']:.2f}")
             if trainer.current_step % config.save_freq == 0:
                 trainer.save_checkpoint(out)
             if trainer.current_step >= config.total_ppo_epochs:

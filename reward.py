@@ -33,8 +33,8 @@ Start reading at `RewardTrainer.compute_loss`. Part 1 is the algorithm, Part 2 t
 it.
 
 The API, defaults and metrics follow TRL 0.7.10. Differences:
-  1. Pairs of similar length go through the model together, padded on the right, with both texts
-     of a pair next to each other.
+  1. The texts of a large batch go through the model in groups of similar length: the same numbers
+     with less padding. Padding is on the right.
   2. Padding is a token that ends no text (see chats.prepare_classifier_tokenizer), so training and
      use read a decoder's score at the same last token, also of texts that end with the end token.
   3. Each pair has its own margin. TRL subtracts margins [B] from differences [B, 1], which compares
@@ -67,7 +67,13 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 import chats
 import common
@@ -77,7 +83,7 @@ from common import TOY, InputError, check_finite, explain
 
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
-FORWARD_PASSES = 4  # per micro-batch: four groups of similar length need less padding than one
+SPLIT_FROM = 8  # pairs per batch from which on its texts run in four groups of similar length
 
 
 # =============================================================================
@@ -159,7 +165,8 @@ class ScriptConfig(RewardConfig):
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Shapes: B pairs of a batch, n of a forward pass, N of an evaluation; T tokens of the longest text.
+# Shapes: B pairs of a batch, N of an evaluation; n texts of a forward pass; T tokens of the longest
+# text.
 def preference_loss(chosen, rejected, margin=0.0, smoothing=0.0, centering=0.0):
     """Compute the loss per pair [B] from scores [B] and margins [B] (or one number).
 
@@ -184,22 +191,22 @@ def compute_accuracy(eval_pred):
 
 
 # ----------------------------------------------------------------------------- padding
-def stack_pairs(inputs, pad_token_id):
-    """Return token ids and mask of a batch's pairs [B, 2, T], and each pair's longest text [B].
+def stack_texts(inputs, pad_token_id):
+    """Return token ids and mask [2B, T] and lengths [2B] of a batch's texts, the chosen ones first.
 
     Padding is on the right, whatever the batch's side. Raises InputError for an empty text."""
     def stack(kind, fill):
         sides = [inputs[f"{kind}_{side}"].T for side in SIDES]  # pad_sequence pads dimension 0
-        return pad_sequence(sides, padding_value=fill).permute(2, 1, 0)
+        return pad_sequence(sides, padding_value=fill).permute(1, 2, 0).flatten(0, 1)
 
     mask = stack("attention_mask", 0)
     ids = stack("input_ids", pad_token_id).masked_fill(mask == 0, pad_token_id)
-    lengths = mask.sum(2).cpu()                                                        # [B, 2]
+    lengths = mask.sum(1).cpu()
     if not lengths.all():
-        raise InputError(f"attention_mask=0 (row {lengths.amin(1).argmin()} of a batch): a text "
-                         "has no token; remove the row, or correct its mask")
-    padding_last = mask.argsort(dim=2, descending=True, stable=True)
-    return ids.gather(2, padding_last), mask.gather(2, padding_last), lengths.amax(1)
+        raise InputError(f"attention_mask=0 (row {lengths.argmin() % (len(lengths) // 2)} of a "
+                         "batch): a text has no token; remove the row, or correct its mask")
+    padding_last = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, padding_last), mask.gather(1, padding_last), lengths
 
 
 # ----------------------------------------------------------------------------- the update
@@ -249,24 +256,25 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
     def score_pairs(self, model, inputs):
         """Compute the scores of the chosen and of the rejected texts, [B] each.
 
-        Pairs of similar length share a forward pass: less padding. Without centering, a constant
-        added to all scores leaves the loss unchanged, so the head's bias should get no gradient.
-        With both texts of a pair next to each other the two halves cancel without a rounding error,
-        which Adam would amplify to a full step."""
-        input_ids, attention_mask, lengths = stack_pairs(inputs, self.tokenizer.pad_token_id)
-        by_length = lengths.argsort()
-        passes = FORWARD_PASSES
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            passes = 1  # each pass would gather the sharded weights
+        Texts of similar length share a forward pass: with mixed lengths a quarter of the work less.
+        In one pass both texts of a pair are neighbors. What moves all scores alike, such as the
+        last norm's bias, then gets a gradient of exactly 0, not a rounding error, of which Adam
+        would make a step. (Such a step changes no difference of scores.)"""
+        input_ids, attention_mask, lengths = stack_texts(inputs, self.tokenizer.pad_token_id)
+        # each pass would gather the sharded weights
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if len(lengths) < 2 * SPLIT_FROM or is_sharded:
+            groups = [torch.arange(len(lengths)).view(2, -1).T.flatten()]  # c_1, r_1, c_2, r_2, ...
+        else:
+            groups = lengths.argsort().chunk(4)
         scores = []
-        for group in by_length.chunk(passes):
-            longest = lengths[group[-1]]
-            ids = input_ids[group, :, :longest].flatten(0, 1)        # c_1, r_1, c_2, r_2, ...
-            mask = attention_mask[group, :, :longest].flatten(0, 1)
-            logits = model(input_ids=ids, attention_mask=mask).logits                  # [2n, 1]
-            scores.append(logits.view(-1, 2).float())
-        back_to_batch = by_length.argsort()  # the inverse permutation: the order of the batch
-        return torch.cat(scores)[back_to_batch].unbind(1)
+        for texts in groups:
+            longest = lengths[texts].max()
+            logits = model(input_ids=input_ids[texts, :longest],
+                           attention_mask=attention_mask[texts, :longest]).logits      # [n, 1]
+            scores.append(logits[:, 0].float())
+        back_to_batch = torch.cat(groups).argsort()  # the inverse permutation: the batch's order
+        return torch.cat(scores)[back_to_batch].chunk(2)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of an optimizer step, and its number of pairs on all ranks.
@@ -385,9 +393,11 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
         is_stream = isinstance(rows, IterableDataset)
         options = machinery.map_options(self.args, rows, self.args.dataset_num_proc)
         encoding = {"tokenizer": self.tokenizer, "max_length": self.max_length}
-        with self.args.main_process_first(), explain(f"{name} dataset can't be tokenized"):
+        place = f"{name} dataset"
+        with self.args.main_process_first(), explain(f"{place} can't be tokenized", place=place):
             others = [] if is_tokenized else [c for c in columns if c != "margin"]
-            rows = rows.map(encode_pair, remove_columns=others, fn_kwargs=encoding, **options)
+            rows = rows.map(encode_row, with_indices=True, remove_columns=others,
+                            fn_kwargs=encoding, **options)
             distinct = rows.filter(is_distinct, **options).remove_columns("is_truncated")
             if self.args.train_sampling_strategy == "group_by_length":
                 length = {"column": self.args.length_column_name}
@@ -491,6 +501,12 @@ def encode_pair(row, tokenizer, max_length):
     return columns
 
 
+def encode_row(row, number, **options):
+    """Call encode_pair. Raises InputError with the row's number."""
+    with explain(f"row {number} can't be tokenized", place=f"row {number}"):
+        return encode_pair(row, **options)
+
+
 def is_distinct(row):
     """Check that both sides have tokens, and differ."""
     chosen, rejected = (list(row[f"input_ids_{side}"]) for side in SIDES)
@@ -555,6 +571,27 @@ class RewardDataCollatorWithPadding:
 
 
 # ----------------------------------------------------------------------------- the script
+def load_sequence_classifier(name, **kwargs):
+    """Load a classifier to train; a language model gets a fresh head with one label.
+
+    An adapter of a classifier trains further. One of a language model is merged into its base
+    model: the fresh head then reads what the adapter has learned."""
+    has_head = "SequenceClassification" in str(machinery.load_config(name, **kwargs).architectures)
+    head = {} if has_head else {"num_labels": 1}
+    base, base_kwargs = common.base_of(name, **kwargs)
+    task_type = "SEQ_CLS"
+    if base != name:
+        from peft import PeftConfig
+        task_type = PeftConfig.from_pretrained(name, **common.hub_arguments(kwargs)).task_type
+    auto_class = AutoModelForSequenceClassification
+    if task_type in ("SEQ_CLS", None):
+        return common.load_pretrained(auto_class, name, True, **head, **kwargs)
+    merged = common.load_pretrained(AutoModelForCausalLM, name, False, **kwargs).merge_and_unload()
+    model = auto_class.from_pretrained(base, **head, **base_kwargs)
+    model.base_model.load_state_dict(merged.base_model.state_dict())
+    return model
+
+
 def text_of(row, side, tokenizer):
     """Return what samples show of one side: prompt (of a chat the last user turn) and answer."""
     if side not in row:
@@ -601,11 +638,11 @@ def main(config: ScriptConfig):
     name = config.model_name or str(TOY / "blank_reward")
     with explain(f"model_name={name} can't be loaded"):
         tokenizer = machinery.load_tokenizer(name, **machinery.loading_arguments(config))
-        model = machinery.load_sequence_classifier(name, **machinery.loading_arguments(config))
+        model = load_sequence_classifier(name, **machinery.loading_arguments(config))
     machinery.use_few_threads(model)
     rows, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = RewardTrainer(model, config, None, rows, held_out, tokenizer,
-                            callbacks=[machinery.Journal(out)])
+                            callbacks=[machinery.Journal(out, rows=len(rows))])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     samples = pick_samples(trainer, held_out or rows)

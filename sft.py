@@ -214,7 +214,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
         # 2. Forward pass: logits [N, V] of the N positions in the loss
         selection = nullcontext() if return_outputs else only_logits_of(language_model, loss_mask)
         with selection:
-            outputs = model(**inputs)
+            outputs = model(**inputs, use_cache=False)
         logits = outputs.logits
         if return_outputs:
             logits = logits[loss_mask]
@@ -346,10 +346,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
 
     def call_model_init(self, trial=None):
         """Make the model with model_init, and its adapter."""
-        model = self.prepare_model(super().call_model_init(trial), self.args)
-        # Trainer does so for a given model only; with a cache, packed documents are not masked
-        model.config.use_cache = self.args.use_cache
-        return model
+        return self.prepare_model(super().call_model_init(trial), self.args)
 
     def longest_row(self, max_seq_length):
         """Return max_seq_length, or what tokenizer and model take, at most 1024."""
@@ -392,7 +389,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
             self.check_packing()
             return rows
         options = machinery.map_options(self.args, rows, self.num_proc)
-        with self.args.main_process_first(), explain(f"{name}: its rows can't be tokenized"):
+        with self.args.main_process_first(), explain(f"{name} can't be tokenized", place=name):
             tokens = self.tokenize(rows, first, self.max_seq_length)
             start = {"start": int(not self.seq2seq)}
             kept = tokens.filter(has_label, fn_kwargs=start, **options)
@@ -420,8 +417,8 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
             texts_of = text_maker(self.formatting_func, first)
         options = {**self.encoding, "seq2seq": self.seq2seq, "texts_of": texts_of,
                    "max_length": max_length, "completions": self.completion_collator}
-        return rows.map(tokenize, batched=True, batch_size=self.rows_at_once, fn_kwargs=options,
-                        remove_columns=list(first[0]),
+        return rows.map(tokenize, batched=True, with_indices=True, batch_size=self.rows_at_once,
+                        fn_kwargs=options, remove_columns=list(first[0]),
                         **machinery.map_options(self.args, rows, self.num_proc))
 
     def report_rows(self, name, tokens, kept, first_row, start):
@@ -453,7 +450,8 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
                 seq_length=self.max_seq_length, num_of_sequences=num_of_sequences,
                 chars_per_token=chars_per_token, eos_token_id=None, keep_tail=self.keep_tail,
                 seed=self.args.seed, **self.encoding)
-        with self.args.main_process_first(), explain("train_dataset: its rows can't be packed"):
+        name = "train_dataset"
+        with self.args.main_process_first(), explain(f"{name} can't be packed", place=name):
             packed = PackedRows(self.tokenize(rows, first, None), self.max_seq_length,
                                 self.keep_tail)
         if len(packed) == 0:
@@ -698,19 +696,25 @@ def rows_of(batch):
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def encode_rows(rows, texts_of=None, **encoding):
-    """Encode rows, each as input_ids and labels or None. texts_of: a `text_maker`'s function."""
+def encode_rows(rows, first=0, texts_of=None, **encoding):
+    """Encode rows, each as input_ids and labels or None. Raises InputError with a row's number.
+
+    first: the number of the first row. texts_of: a `text_maker`'s function."""
     if texts_of is not None and rows:
         rows = [{"text": text} for text in texts_of(batch_of(rows))]
         encoding["dataset_text_field"] = "text"
-    return [encode(row, **encoding) for row in rows]
+    encoded = []
+    for number, row in enumerate(rows, first):
+        with explain(f"row {number} can't be tokenized", place=f"row {number}"):
+            encoded.append(encode(row, **encoding))
+    return encoded
 
 
-def tokenize(batch, max_length, completions=None, **options):
-    """Encode a batch {column: list} and truncate its rows.
+def tokenize(batch, numbers, max_length, completions=None, **options):
+    """Encode a batch {column: list} of the rows with these numbers, and truncate its rows.
 
     completions: a DataCollatorForCompletionOnlyLM that chooses the labels."""
-    encoded = encode_rows(rows_of(batch), **options)
+    encoded = encode_rows(rows_of(batch), numbers[0], **options)
     input_ids = [ids[:max_length] for ids, _ in encoded]
     is_truncated = [len(kept) < len(ids) for kept, (ids, _) in zip(input_ids, encoded, strict=True)]
     labels = [row_labels for _, row_labels in encoded]
@@ -810,15 +814,17 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
         """Yield lists of encoded documents, a buffer of characters at a time."""
         rows = []
         size = 0
+        first = 0  # the number of the buffer's first row
         for row in self.dataset:
             rows.append(row)
             size += sum(len(str(value)) for value in row.values())
             if size >= self.max_buffer_size:
-                yield encode_rows(rows, **self.encoding)
+                yield encode_rows(rows, first, **self.encoding)
+                first += len(rows)
                 rows = []
                 size = 0
         if rows:
-            yield encode_rows(rows, **self.encoding)
+            yield encode_rows(rows, first, **self.encoding)
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -1031,7 +1037,7 @@ def main(config: SFTConfig):
     rows, held_out = machinery.load_train_and_eval_rows(
         config, "reviews.jsonl", "reviews_test.jsonl")
     trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[machinery.Journal(out)])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=len(rows))])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     shown = list(islice(held_out or rows, 5))
     if not checkpoint:

@@ -223,7 +223,7 @@ def take_retired_names(init):
     def __init__(self, *args, **settings):
         if settings.keys() & machinery.RETIRED.keys():
             config = object.__new__(Arguments)
-            vars(config).update(settings)
+            vars(config).update({"include_for_metrics": [], **settings})  # no default on its class
             machinery.replace_retired(config)
             settings = {name: value for name, value in vars(config).items()
                         if name not in machinery.RETIRED}

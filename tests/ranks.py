@@ -90,12 +90,15 @@ def update(rank, ranks, rate, updates=1, praise=False, parts=1, **settings):
                        gradient_accumulation_steps=parts, **settings)
     trainer = PPOTrainer(config, model, reference, AutoTokenizer.from_pretrained(TOY),
                          optimizer=optimizer, lr_scheduler=halves)
+    in_bucket = []  # before an optimizer step: is each gradient a part of a larger storage?
+    optimizer.register_step_pre_hook(lambda *args: in_bucket.append(all(
+        p.grad.untyped_storage().nbytes() > p.grad.nbytes for p in model.parameters())))
     for _ in range(updates):
         stats = trainer.step(queries[mine], responses[mine],
                              [torch.tensor(score) for score in scores[mine]], masks[mine])
     after = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     return {"moved": {name: p.detach() - before[name] for name, p in after},
-            "stats": plain(stats), "kl_coef": trainer.kl_ctl.value}
+            "stats": plain(stats), "kl_coef": trainer.kl_ctl.value, "in_bucket": in_bucket}
 
 
 def vision_update(rank, ranks):

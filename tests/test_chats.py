@@ -206,15 +206,16 @@ def test_the_end_of_a_chat_s_answers_is_one_of_the_saved_model_s(packing, tmp_pa
 
 
 # ----------------------------------------------------------------------------- prompts, responses
-def test_a_chat_that_is_too_long_is_dropped_and_keeps_its_generation_prompt(tmp_path):
+def test_a_chat_that_is_too_long_is_dropped_and_keeps_its_generation_prompt(tmp_path, capsys):
     tokenizer = chat_tokenizer("chatml")
     rows = Dataset.from_list([{"messages": CHATS[kind]} for kind in ("several turns", "one turn")])
     rows.save_to_disk(tmp_path / "rows")
     limit = len(chats.chat_ids(tokenizer, CHATS["one turn"][:1], add_generation_prompt=True))
-    with pytest.warns(UserWarning, match="dropped 1 of 2 chats, row 0 the first"):
-        (row,) = machinery.load_prompts(tmp_path / "rows", tokenizer, max_length=limit)
+    (row,) = machinery.load_prompts(tmp_path / "rows", tokenizer, max_length=limit)
+    assert (f"dropped 1 of 2 rows, row 0 the first: chats longer than max_query_length={limit} "
+            "tokens") in capsys.readouterr().out
     assert row["query"].endswith("<|im_start|>assistant\n")
-    with pytest.raises(InputError, match="max_query_length"), pytest.warns(UserWarning):
+    with pytest.raises(InputError, match="max_query_length"):
         machinery.load_prompts(tmp_path / "rows", tokenizer, max_length=limit - 1)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import functools
 import io
+import json
 import os
 import re
 import runpy
@@ -48,7 +49,8 @@ MODULES = {
     "ddpo": ddpo,
     "iterative_sft": iterative_sft,
 }
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "docs/first_session.ipynb",
+         *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 KNOWN_AT_RUN_TIME = {"world_size", "is_encoder_decoder", "is_peft_model", "backward_batch_size",
                      "global_backward_batch_size", "global_batch_size"}
 every_script = pytest.mark.parametrize("script", CONFIGS)
@@ -185,11 +187,21 @@ def test_the_configs_on_trainer_take_the_names_of_transformers_4(script, tmp_pat
 
 
 # ------------------------------------------------------------------------------ documented commands
+def read_page(page):
+    """The text of a page, or of the cells of a notebook."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".md"):
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+
+
 def commands(text):
-    """The shell commands of a page's ```bash blocks -> lists of words."""
+    """The shell commands of a page's ```bash blocks -> lists of words; a patched one is whole."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line.split("&&")[-1], comments=True) for line in lines if line.strip()]
+    parts = [part for line in lines
+             for part in ([line] if "git apply" in line else line.split("&&"))]
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def script_and_flags(words):
@@ -206,15 +218,21 @@ def parses(script, flags):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_of_a_page_runs_a_file_that_is_there_and_parses(page):
-    text = (ROOT / page).read_text()
+    text = read_page(page)
     inline = [shlex.split(code) for code in re.findall(r"`((?:python|torchrun) [^`]*)`", text)]
     found = {tuple(words): script_and_flags(words) for words in commands(text) + inline}
     assert any(found.values()) or page[5:-3] not in CONFIGS
     for words, ours in found.items():
-        if ours:
+        if ours and words[0] == "git":  # the patch may bring a value of its own
+            assert {word for word in ours[1] if word[:2] == "--"} <= set(help_page(ours[0])[1])
+        elif ours:
             parses(*ours)
         elif words[0] == "python" and words[1] != "-m":
-            assert (ROOT / words[1]).is_file(), words
+            code = (ROOT / words[1]).read_text()
+            flags = [word[2:].replace("-", "_") for word in words if word[:2] == "--"]
+            assert [flag for flag in flags if flag not in code] == [], words
+        files = [word.split(":")[0] for word in words if re.match("(docs|tests|toy)/", word)]
+        assert [file for file in files if not (ROOT / file).exists()] == [], words
 
 
 @every_script
@@ -234,13 +252,16 @@ def test_every_command_of_a_file_s_docstring_parses(script):
 def test_every_flag_in_the_text_of_a_page_is_an_option_and_takes_the_value_beside_it(page):
     """`--lora-r 16` has to parse; `--lora-r` alone, as a sentence's subject, to be an option."""
     scripts = [page[5:-3]] if page[5:-3] in CONFIGS else list(CONFIGS)
+    files = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".py", ".patch")]
+    brought = "".join(path.read_text() for path in files)  # options of docs/, and of the forks
     snippets = {
-        tuple(shlex.split(code)) for code in re.findall(r"`(--[^`]*)`", (ROOT / page).read_text())
+        tuple(shlex.split(code)) for code in re.findall(r"`(--[^`]*)`", read_page(page))
     }
     for words in snippets:
         known = [script for script in scripts if words[0] in help_page(script)[1]]
-        assert known, f"{page}: {words[0]}"
-        if len(words) > 1:
+        is_brought = re.search(rf"\b{words[0][2:].replace('-', '[-_]')}\b", brought)
+        assert known or is_brought, f"{page}: {words[0]}"
+        if known and len(words) > 1:
             parses(known[0], list(words))
 
 

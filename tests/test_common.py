@@ -108,11 +108,12 @@ def test_ranks_without_a_gpu_use_the_cpu_and_one_thread_each_unless_set_otherwis
     assert os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "1"
 
 
-def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+@pytest.mark.parametrize("gpus, gpu", [(4, 3), (1, 0)])  # SLURM may show a rank its own alone
+def test_each_rank_takes_the_gpu_of_its_local_rank(gpus, gpu, monkeypatch):
     chosen, precision = [], torch.get_float32_matmul_precision()
     for name, value in {
         "is_available": lambda: True,
-        "device_count": lambda: 4,
+        "device_count": lambda: gpus,
         "set_device": chosen.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -121,7 +122,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     try:
         machinery.setup_ranks()
-        assert chosen == [3] and torch.get_float32_matmul_precision() == "high"
+        assert chosen == [gpu] and torch.get_float32_matmul_precision() == "high"
         assert "ACCELERATE_USE_CPU" not in os.environ
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -644,6 +645,15 @@ def test_what_follows_a_checkpoint_is_cut_from_the_files_and_a_torn_line_with_it
     assert left == [[1, 2, 3], [0]]
 
 
+def test_a_number_that_is_not_finite_is_null_in_a_file_of_strict_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    row = {"update": 1, "loss": 0.5, "ratio": np.float64("inf"), "var_explained": float("nan")}
+    machinery.append_rows(path, [row, {"kl": -math.inf, "text": "NaN"}])
+    read = [json.loads(line, parse_constant=pytest.fail) for line in path.open()]
+    assert read == [{"update": 1, "loss": 0.5, "ratio": None, "var_explained": None},
+                    {"kl": None, "text": "NaN"}]
+
+
 def test_samples_are_printed_indented_and_appended(tmp_path, capsys):
     rows = [{"update": 3, "query": "why?", "response": "first\nsecond", "score": -1.5}]
     machinery.log_samples(tmp_path, "after training", rows)
@@ -832,10 +842,15 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """-> a Trainer that has finished, its folder, and what it wrote to stdout and stderr."""
-    folder, out, err = tmp_path_factory.mktemp("finished"), io.StringIO(), io.StringIO()
+    folder, out, err = tmp_path_factory.mktemp("finished"), io.StringIO(), Terminal()
     common.set_seed(0)
     with redirect_stdout(out), redirect_stderr(err):
         trainer = train(hf_model("gpt2"), folder)
@@ -860,6 +875,7 @@ def test_a_journal_has_a_line_for_each_log_a_bar_and_each_evaluation_in_words(fi
     assert "4/4" in err and f"loss={logged[-1]:.4f}" in err
     shown = [line for line in out.splitlines() if line.startswith("epoch")]
     assert [line.split(":")[0] for line in shown] == ["epoch 1.00", "epoch 2.00"]
+    assert "update" not in out
     assert (
         f"eval_loss {rows[5]['eval_loss']:.4g}" in shown[1]
         and "runtime" not in out
@@ -870,13 +886,17 @@ def test_a_journal_has_a_line_for_each_log_a_bar_and_each_evaluation_in_words(fi
 def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_model, capsys):
     before = lines(run_folder)
     train(make_hf_model("gpt2"), run_folder, resume=str(run_folder / "checkpoint-2"))
-    after = lines(run_folder)
+    after, printed = lines(run_folder), capsys.readouterr()
     assert [row["update"] for row in after] == [1, 2, 2, 3, 4, 4, 4]
     assert after[:3] == before[:3]
     for name in ("loss", "train_loss"):  # sums of floats, not always the same
         losses = [[row[name] for row in rows if name in row] for rows in (before, after)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert "2/4" in capsys.readouterr().err  # the bar begins where the run was
+    # stderr is no terminal here: a line for each log, and no bar
+    shown = [line for line in printed.out.splitlines() if line.startswith("update")]
+    assert shown == [f"update {row['update']}/4: loss {row['loss']:.4f}"
+                     for row in after[3:] if "loss" in row]
+    assert "/4" not in printed.err
 
 
 def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
@@ -884,13 +904,16 @@ def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
     assert [row["update"] for row in lines(tmp_path) if "loss" in row] == [4]
 
 
-def test_a_journals_bar_says_the_phase(tmp_path, capsys):
-    journal, state = machinery.Journal(tmp_path, ("waiting", "working")), TrainerState(max_steps=2)
+def test_a_journals_bar_begins_where_the_run_was_and_says_the_phase(tmp_path):
+    journal = machinery.Journal(tmp_path, ("waiting", "working"))
+    state = TrainerState(max_steps=4, global_step=2)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    for event in ("train_begin", "epoch_begin", "epoch_end", "train_end"):
-        getattr(journal, f"on_{event}")(args, state, TrainerControl())
-    printed = capsys.readouterr().err
-    assert printed.index("waiting") < printed.index("working") < printed.rindex("waiting")
+    with redirect_stderr(Terminal()) as printed:
+        for event in ("train_begin", "epoch_begin", "epoch_end", "train_end"):
+            getattr(journal, f"on_{event}")(args, state, TrainerControl())
+    printed = printed.getvalue()
+    assert printed.index("2/4") < printed.index("working") < printed.rindex("waiting")
+    assert printed.index("waiting") < printed.index("working")
 
 
 def test_another_rank_than_the_main_one_writes_nothing(tmp_path, capsys):

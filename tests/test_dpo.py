@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
 from datasets import Dataset
 from transformers import (
@@ -29,8 +31,10 @@ from transformers import (
     T5ForConditionalGeneration,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 import dpo
+import machinery
 from common import InputError
 from dpo import DPOConfig, DPODataCollatorWithPadding, DPOTrainer
 
@@ -1154,6 +1158,63 @@ def test_reference_free_runs_none(make):
     logps = plain_logps(model, trainer).detach()
     agree(loss, -F.logsigmoid(0.1 * (logps[0] - logps[1])).mean(), atol=1e-5)
     agree(metrics["rewards/chosen"], 0.1 * logps[0].mean(), atol=1e-5)
+
+
+# -------------------------------------------------------- DeepSpeed, which is not installed here
+@pytest.fixture
+def zero():
+    """zero(stage): from now on the process is configured for this stage of ZeRO."""
+    configs = []
+
+    def configure(stage):
+        configs.append(HfDeepSpeedConfig({"zero_optimization": {"stage": stage}}))
+        set_hf_deepspeed_config(configs[-1])
+
+    yield configure
+    unset_hf_deepspeed_config()
+
+
+class Engine(torch.nn.Module):
+    """What deepspeed.initialize returns first: a model in training mode."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def eval(self):
+        self.train(False)  # DeepSpeed's returns nothing, too
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("stage, shards", [(2, 0), (3, 3)])
+def test_deepspeed_is_asked_for_a_reference_in_the_policy_s_precision_and_shards(
+        stage, shards, precision, zero, monkeypatch):
+    given = []
+
+    def initialize(model, config):
+        given.append(config)
+        return Engine(model), None, None, None
+
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(initialize=initialize))
+    zero(stage)
+    accelerator = types.SimpleNamespace(distributed_type=DistributedType.DEEPSPEED,
+                                        mixed_precision=precision)
+    reference = machinery.prepare_reference(accelerator, hf_model("gpt2").train())
+    assert isinstance(reference, Engine) and not reference.module.training
+    assert not any(weights.requires_grad for weights in reference.parameters())
+    config, = given
+    assert config["zero_optimization"] == {"stage": shards}
+    kinds = ("bf16", "fp16")
+    assert [config[kind]["enabled"] for kind in kinds] == [precision == kind for kind in kinds]
+
+
+def test_under_zero_3_a_policy_that_can_be_neither_copied_nor_run_is_refused(make, zero):
+    zero(3)
+    with pytest.raises(InputError, match="^ref_model=None: under ZeRO-3 a model can't be copied"):
+        make()
+    for policy in (hf_model("gpt2"), trained_lora()):
+        with pytest.raises(InputError, match="^precompute_ref_log_probs=True: under ZeRO-3"):
+            make(policy, precompute_ref_log_probs=True)
 
 
 # -------------------------------------------------------- precomputed log-probabilities

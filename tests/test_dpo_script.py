@@ -246,6 +246,20 @@ def test_training_goes_on_from_an_adapter_of_a_run(tmp_path):
     first, second = map(load_file, files)
     assert first.keys() == second.keys()
     assert any((first[name] != second[name]).any() for name in first)
+    assert not list(tmp_path.glob("**/reference"))  # what is saved is the policy's adapter alone
+
+
+def test_a_killed_run_that_began_with_an_adapter_goes_on_against_that_adapter(tmp_path):
+    run(tmp_path / "first", lora_r=4, learning_rate=1e-2, max_steps=4)
+    fields = {"model_name": str(tmp_path / "first"), "max_steps": 3, "save_steps": 1,
+              "save_strategy": "steps", "save_total_limit": 2, "adam_epsilon": 1e-5}
+    run(tmp_path / "out", **fields)
+    whole = training(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+    run(tmp_path / "out", **fields, resume_from_checkpoint=str(tmp_path / "out"))
+    for row, other in zip(training(tmp_path / "out"), whole, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert whole[-1]["loss"] != pytest.approx(LN2, abs=1e-4)
 
 
 def test_an_encoder_decoder_is_trained(tmp_path):

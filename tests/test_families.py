@@ -428,6 +428,21 @@ def test_a_state_that_reads_padding_is_given_none(tokenizer):
     check(drawn[:, 0], lambda m: torch.cat(logprobs(m, pairs)).detach(), model)
 
 
+@each_family
+def test_a_reference_with_matrices_in_bfloat16_is_the_policy_under_autocast(family):
+    policy = make(family, "float32")
+    reference = copy.deepcopy(policy)
+    machinery.halve_matrices(reference)
+    ids = torch.arange(3, 27).view(2, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if policy.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = reference(**inputs).logits, policy(**inputs).logits
+    assert torch.equal(got, want)  # so the first KL is exactly 0
+    assert any(p.dtype == torch.bfloat16 for p in reference.parameters())
+
+
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
 def test_virtual_tokens_are_refused_in_packed_rows(kind, quiet, tokenizer):
     config = peft.get_peft_config({"peft_type": kind, "task_type": "CAUSAL_LM",

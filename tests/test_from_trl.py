@@ -100,6 +100,8 @@ def test_training_arguments_take_the_names_of_transformers_4(trl, tmp_path):
     assert args.warmup_steps == 0.1 and args.train_sampling_strategy == "group_by_length"
     assert args.per_device_train_batch_size == 2 and args.output_dir == str(tmp_path)
     assert TrainingArguments(tmp_path, use_cpu=True).eval_strategy == "no"
+    args = TrainingArguments(tmp_path, include_inputs_for_metrics=True, use_cpu=True)
+    assert args.include_for_metrics == ["inputs"]
     with pytest.raises(ValueError, match="jit_mode_eval=True: transformers 5 has removed it"):
         TrainingArguments(tmp_path, jit_mode_eval=True)
 

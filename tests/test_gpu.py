@@ -1,9 +1,11 @@
-"""Each script on a GPU, in bfloat16: first numbers, resume, a rank of torchrun.
+"""Each script on a GPU: its default run; in bfloat16 first numbers, resume, a rank of torchrun;
+peak memory next to docs/scaling.md; a real chat model; speed next to TRL.
 
-    python -m pytest -q tests/test_gpu.py
+    REAL_MODEL=folder python -m pytest -q tests/test_gpu.py
     TEST_DEVICE=cpu python -m pytest -q tests/test_gpu.py      # the same lines, without a GPU
 
 Without a GPU and without TEST_DEVICE these tests are reported as skipped."""
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +38,15 @@ RUNS = {  # flags, those that end a run halfway, those of the whole run, a metri
                 "--sample-num-batches-per-epoch 2 --train-batch-size 4", "--num-epochs 1",
                 "--num-epochs 2", "reward_mean"),
 }
+DEFAULT = {  # flags, those that end a CPU's run early, a metric and how much it gains at least
+    "sft.py": ("", "--max-steps 2", "loss", -3),
+    "reward.py": ("", "--max-steps 2", "loss", -0.4),
+    "dpo.py": ("", "--max-steps 2", "loss", -0.5),
+    "iterative_sft.py": ("", "--num-train-epochs 2", "objective/scores", 5),
+    "ppo.py": ("--batch-size 256 --mini-batch-size 16 --learning-rate 1e-4 --steps 5120",
+               "--steps 512", "objective/scores", 3),
+    "ddpo.py": ("", "--num-epochs 1", "reward_mean", 0.1),
+}
 FIRST = {"dpo.py": ("loss", math.log(2)), "ppo.py": ("objective/kl", 0.0)}
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="needs a GPU, or TEST_DEVICE=cpu")
 
@@ -43,7 +54,7 @@ pytestmark = pytest.mark.skipif(DEVICE is None, reason="needs a GPU, or TEST_DEV
 def run(script, flags, folder, *launcher):
     """Run a script; return the lines of its metrics.jsonl."""
     command = [sys.executable, *launcher, script, *flags.split(), "--output-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -97,3 +108,92 @@ def test_a_rank_of_torchrun_computes_what_a_process_does(runs, tmp_path):
     lines = run(script, f"{flags} {half}", tmp_path, *launcher)
     update, number = values(rows, metric)[0]
     assert values(lines, metric)[0] == (update, pytest.approx(number, rel=0.05))
+
+
+@pytest.mark.parametrize("script", DEFAULT)
+def test_the_default_run_learns(script, tmp_path):
+    flags, few, metric, gain = DEFAULT[script]
+    rows = run(script, f"{flags} {few if DEVICE == 'cpu' else ''}", tmp_path)
+    numbers = [number for _, number in values(rows, metric)]
+    change = (numbers[-1] - numbers[0]) / gain
+    assert math.isfinite(change) if DEVICE == "cpu" else change > 1
+
+
+def test_peak_memory_is_what_the_page_counts():
+    """docs/scaling.md's formula, for all weights and for LoRA."""
+    done = subprocess.run([sys.executable, "docs/scaling.py", "--check"], cwd=ROOT, env=ENV,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(line.split("|")[-2]) for line in done.stdout.splitlines() if line[0] == "|"]
+    assert len(ratios) == 8 and ratios == pytest.approx([1] * 8, abs=0.1)
+
+
+# ----------------------------------------------------------------------------- a real chat model
+REAL_MODEL = os.environ.get("REAL_MODEL")
+CHAINED = "--bf16 --logging-steps 1 --save-strategy no --per-device-train-batch-size 4"
+
+
+def chats(*answers):
+    """Pairs of a question's chat and an answer, as rows of messages."""
+    question = {"role": "user", "content": "What did you think of the film? One sentence."}
+    return [[question, {"role": "assistant", "content": answer}] for answer in answers]
+
+
+@pytest.mark.skipif(not REAL_MODEL, reason="REAL_MODEL is not set: name the folder of a chat model "
+                                           "there, such as SmolLM2-135M-Instruct")
+def test_a_real_chat_model_goes_through_all_files_for_texts(tmp_path):
+    kind, unkind = chats("I loved every minute of it.", "It was dull, and far too long.")
+    for name, row in (("texts", {"messages": kind}), ("prompts", {"messages": kind[:1]}),
+                      ("pairs", {"chosen": kind, "rejected": unkind})):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+
+    def train(script, model, data, flags, *names):
+        folder = tmp_path / script.removesuffix(".py")
+        data = f"--{'query-' if data == 'prompts' else ''}dataset {tmp_path / data}.jsonl"
+        rows = run(script, f"--model-name {model} {data} {flags}", folder)
+        return folder, [values(rows, name) for name in names]
+
+    tuned, (losses,) = train("sft.py", REAL_MODEL, "texts", f"{CHAINED} --max-steps 4", "loss")
+    assert losses[-1][1] < losses[0][1]
+    judge, (losses,) = train("reward.py", REAL_MODEL, "pairs", f"{CHAINED} --max-steps 4", "loss")
+    assert losses[-1][1] < losses[0][1]
+    own = f"--reward-model {judge} --bf16 --max-new-tokens 8"
+    _, (kl,) = train("ppo.py", tuned, "prompts", f"{own} --batch-size 8 --mini-batch-size 4 "
+                     "--ppo-epochs 1 --steps 16", "objective/kl")
+    assert kl[0][1] == 0 and len(kl) == 2
+    _, (losses,) = train("dpo.py", tuned, "pairs", f"{CHAINED} --max-steps 4 --lora-r 8", "loss")
+    assert losses[0][1] == pytest.approx(math.log(2), abs=1e-6) and losses[-1][1] < losses[0][1]
+    _, (scores,) = train("iterative_sft.py", tuned, "prompts", f"{own} --prompts-per-round 4 "
+                         "--num-samples 2 --num-train-epochs 1", "objective/scores")
+    assert scores and math.isfinite(scores[0][1])
+
+
+# ----------------------------------------------------------------------------- next to TRL
+SPEED = """
+import sys, time
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+import dpo, trl
+tokenizer = AutoTokenizer.from_pretrained("toy/model")
+sizes = dict(vocab_size=32000, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+rows = load_dataset("json", data_files="toy/pairs.jsonl", split="train[:128]")
+for where in (dpo, trl, dpo, trl):  # the first run of each loads libraries
+    args = where.DPOConfig(
+        output_dir=sys.argv[1], max_steps=4, per_device_train_batch_size=8, bf16=True,
+        use_cpu=sys.argv[2] == "cpu", save_strategy="no", eval_strategy="no", report_to="none",
+        learning_rate=1e-6, gradient_checkpointing=False)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
+    trainer = where.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    print("SECONDS", trainer.train().metrics["train_runtime"])
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="trl is not installed")
+def test_dpo_is_not_slower_than_trl(tmp_path):
+    command = [sys.executable, "-c", SPEED, tmp_path, DEVICE]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("SECONDS")]
+    _, _, ours, theirs = map(float, seconds)
+    print(f"4 optimizer steps of DPO: {ours:.2f} s here, {theirs:.2f} s in TRL")
+    assert ours < 1.1 * theirs

@@ -334,7 +334,8 @@ def test_samples_of_a_chat_show_its_last_user_turn(tmp_path, reward):
     assert [row["query"] for row in samples] == ["the music was"] * 2
 
 
-def test_the_bar_says_what_a_round_is_doing(tmp_path, capsys):
+def test_the_bar_says_what_a_round_is_doing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     main(small(tmp_path, disable_tqdm=False, num_train_epochs=1))
     printed = capsys.readouterr().err
     assert 0 < printed.index("sampling") < printed.index("learning")
@@ -366,7 +367,8 @@ def test_a_run_leaves_model_samples_metrics_and_card(tmp_path, capsys):
     samples = lines(tmp_path / "samples.jsonl")
     assert [row["update"] for row in samples] == [0] * 8 + [6] * 8
     assert samples[0]["response"] in printed.out and samples[-1]["response"] in printed.out
-    assert "6/6" in printed.err and "objective/scores" in (tmp_path / "README.md").read_text()
+    assert "update 6/6: loss " in printed.out
+    assert "objective/scores" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("fields, checkpoints", [

@@ -223,7 +223,7 @@ def test_a_head_on_a_language_model_s_adapter_reads_what_the_adapter_learned(tmp
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = get_peft_model(base, lora(init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    got = machinery.load_sequence_classifier(str(tmp_path / "adapter")).eval()
+    got = reward.load_sequence_classifier(str(tmp_path / "adapter")).eval()
     assert got.config.num_labels == 1 and not hasattr(got, "peft_config")
     want = adapted.get_base_model().model(IDS).last_hidden_state
     torch.testing.assert_close(got.model(IDS).last_hidden_state, want, rtol=1e-4, atol=1e-4)

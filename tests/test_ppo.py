@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import accelerate
@@ -19,6 +20,7 @@ from accelerate.utils import DistributedType
 from conftest import CAUSAL, EOS, PAD, ROWS, SEQ2SEQ, VOCAB
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -240,6 +242,33 @@ def test_sampling_scoring_and_training_have_one_precision(
     assert values.dtype == stats["objective/logprobs"].dtype == torch.float32
     assert (values != values.bfloat16()).any()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Count, for each tensor in float32, how often it is cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_mixed_precision_casts_the_policy_once_per_update_and_the_reference_never(
+        make_trainer, make_batch, monkeypatch):
+    """Each pass cast all matrices of both. What the reference computes is the same to the bit."""
+    monkeypatch.setattr(ppo, "FORWARD_TOKENS", 8)  # a pass per row
+    trainer = make_trainer("qwen3", bf16=True)
+    with Casts() as casts:
+        logprobs, ref_logprobs, *_ = trainer.evaluate_responses(*make_batch()[:2])
+    counts = [{casts.counts[p.data_ptr()] for name, p in model.pretrained_model.named_parameters()
+               if p.dim() == 2 and "embed" not in name}
+              for model in (trainer.policy, trainer.ref_model)]
+    assert counts == [{1}, {0}]
+    assert torch.equal(logprobs, ref_logprobs)
 
 
 # --------------------------------------------------------------------------- a step, on any model
@@ -1302,10 +1331,10 @@ def test_an_optimizer_of_one_s_own_is_used(make_trainer, make_model, make_batch,
     assert moved(before, model) == {"v_head.summary.weight", "v_head.summary.bias"}
 
 
-def test_gradients_stay_on_the_parameters_zeroed(make_trainer, make_batch):
+def test_gradients_take_no_memory_while_responses_are_sampled(make_trainer, make_batch):
     trainer = make_trainer()
     trainer.step(*make_batch())
-    assert all(p.grad is not None and not p.grad.any() for p in trainer.model.parameters())
+    assert all(p.grad is None for p in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -1721,6 +1750,12 @@ def test_the_dataloader_draws_nothing_from_the_numbers_that_sample_responses(mak
     list(loader)
     assert torch.equal(state, torch.get_rng_state())
     assert numbers == np.random.get_state()[1].tolist()
+
+
+def test_a_resume_with_another_number_of_rows_says_so(make_trainer, tmp_path):
+    make_trainer(dataset=DATASET).save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="^rows=8: it was [0-9]+ up to the checkpoint"):
+        make_trainer(dataset=DATASET[:8]).load_checkpoint(tmp_path)
 
 
 def test_an_own_loop_resumes_at_its_place_in_the_data(make_trainer, make_batch, tmp_path):

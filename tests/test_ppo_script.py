@@ -3,6 +3,7 @@ shown, and bad input."""
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,7 @@ def runs(tmp_path_factory):
                 cwd=ROOT, capture_output=True, text=True, env={**os.environ, "DIE_AT": str(die_at)})
             assert done.returncode == status, done.stderr
             (folder / f"{name}.stderr").write_text(done.stderr)
+            (folder / f"{name}.stdout").write_text(done.stdout)
 
     return once(tmp_path_factory, "ppo_runs", start)
 
@@ -220,11 +222,20 @@ def test_equal_prompts_get_different_responses_since_they_are_sampled(runs):
     assert len(equal) == len(set(equal)) == 3
 
 
-def test_the_bar_shows_score_and_kl_and_libraries_are_silent(runs):
-    written = (runs / "whole.stderr").read_text().replace("\r", "\n").splitlines()
-    last = [line for line in written if line.strip()][-1]
-    assert "6/6" in last and "score=" in last and "kl=" in last
-    assert [line for line in written if line.strip() and "|" not in line] == []  # of a bar each
+def test_a_log_file_has_a_line_for_each_update_and_libraries_are_silent(runs):
+    assert (runs / "whole.stderr").read_text() == ""
+    shown = [f"update {row['update']}/6: score {row['objective/scores']:.2f}, kl "
+             f"{row['objective/kl']:.2f}" for row in metrics(runs / "whole")]
+    written = (runs / "whole.stdout").read_text().splitlines()
+    assert [line for line in written if line.startswith("update")] == shown
+
+
+def test_the_bar_shows_score_and_kl(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(small(tmp_path))
+    printed = capsys.readouterr()
+    assert re.search(r"1/1 \[.*score=\S+, kl=", printed.err)
+    assert "update" not in printed.out
 
 
 def test_the_model_card_names_the_experiment(runs):

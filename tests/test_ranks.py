@@ -101,6 +101,13 @@ def test_statistics_and_kl_coefficient_are_of_all_ranks(name, both, alone):
                                        msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_ranks_hold_gradients_once_in_the_buckets_that_they_exchange(both):
+    """DDP's default is a second copy: 4 bytes per weight."""
+    for rank in both:
+        seen = rank["everything"]["in_bucket"]
+        assert seen and all(seen)
+
+
 def test_a_model_with_a_vision_tower_trains_its_text_part(both):
     one = ranks.vision_update(0, 1)
     for rank in both:  # DDP would stop at the vision tower, which gets no gradient

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, hf_model
+from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, gemma3, hf_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -379,6 +379,26 @@ def test_the_text_that_is_asked_for_counts_in_rows_that_are_tokenized_too(
 def test_a_text_field_that_is_missing_in_tokenized_rows_is_named(make_sft):
     with pytest.raises(InputError, match="dataset_text_field=txt.*'text', 'input_ids'"):
         make_sft(rows=[{"text": "w4", "input_ids": [4, 5]}], dataset_text_field="txt")
+
+
+def test_no_keys_and_values_are_kept(make_sft):
+    """A wrapper's text model reads the use_cache of its own config, which Trainer leaves alone."""
+    trainer = make_sft(gemma3(), gradient_checkpointing=False)
+    for mode in ("train", "eval"):
+        model = getattr(trainer.model, mode)()
+        _, outputs = trainer.compute_loss(model, batch_of(trainer), return_outputs=True)
+        assert outputs.past_key_values is None
+
+
+def test_a_row_that_cannot_be_tokenized_is_named_by_its_number(make_sft):
+    rows = [{"text": text} for text in ["w4 w5", "w6", None]]
+    for options in ({"dataset_batch_size": 1}, {"packing": True}):
+        with pytest.raises(InputError, match="^train_dataset: row 2 can't be tokenized: None is "):
+            make_sft(rows=rows, **options)
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    packed = make_sft(rows=stream, packing=True, max_seq_length=2, num_of_sequences=1)
+    with pytest.raises(InputError, match="^row 2 can't be tokenized: None is "):
+        list(packed.train_dataset)
 
 
 def test_conversations_are_chats(make_sft, chat_tokenizer):
