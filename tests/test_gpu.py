@@ -170,7 +170,7 @@ def test_a_real_chat_model_goes_through_all_files_for_texts(tmp_path):
 
 # ----------------------------------------------------------------------------- next to TRL
 SPEED = """
-import sys, time
+import copy, sys
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import dpo, trl
@@ -183,7 +183,8 @@ for where in (dpo, trl, dpo, trl):  # the first run of each loads libraries
         use_cpu=sys.argv[2] == "cpu", save_strategy="no", eval_strategy="no", report_to="none",
         learning_rate=1e-6, gradient_checkpointing=False)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes))
-    trainer = where.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = where.DPOTrainer(model, copy.deepcopy(model), args=args, train_dataset=rows,
+                               processing_class=tokenizer)
     print("SECONDS", trainer.train().metrics["train_runtime"])
 """
 
