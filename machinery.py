@@ -762,6 +762,7 @@ def append_rows(path, rows):
 
 
 def finite_or_none(value):
+    """Return the value, or None for a float that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,30 +8,13 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from pages import ROOT, run, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 SCRIPTS = ["sft", "reward", "ppo", "dpo", "iterative_sft", "ddpo"]
-
-
-def run(script, *arguments):
-    """Run `python docs/SCRIPT ARGUMENTS` in this process. Returns what it prints as it exits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / "docs" / script), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-    return None
-
-
-def write(file, rows):
-    """Write rows as JSON lines."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("script, arguments", [

@@ -2,40 +2,20 @@
 
     python -m pytest -q tests/test_figures.py
 """
-import json
 import math
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import matplotlib
 import pytest
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from pages import ROOT, run, write  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 SCORES = [{"update": 1, "score": 0.5, "score_std": 0.1, "kl": 0.0},
           {"update": 2, "score": 0.7, "score_std": 0.2, "kl": 0.3}]
-
-
-def run(script, *arguments):
-    """Run `python docs/SCRIPT ARGUMENTS` in this process. Returns what it prints as it exits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        patch.syspath_prepend(str(ROOT / "docs"))
-        try:
-            runpy.run_path(str(ROOT / "docs" / script), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-    return None
-
-
-def write(file, rows):
-    """Write rows as JSON lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +113,7 @@ def draw(tmp_path, monkeypatch):
             runpy.run_path(str(tmp_path / "docs" / "figures.py"), run_name="__main__")
             for module in ("plot", "figures", "make"):
                 sys.modules.pop(module, None)
-        assert [(tmp_path / "docs" / f"{name}.svg").is_file() for name in names]
+        assert all((tmp_path / "docs" / f"{name}.svg").is_file() for name in names)
         return plt.gcf().axes
 
     return draw
