@@ -1,5 +1,6 @@
-"""What the six algorithms share.
+"""Collect what the six algorithms share. No update is here: each is in its algorithm's file.
 
+    InputError, explain, load_function       one-sentence errors; a function from a user's file
     set_seed                                 one seed for Python, NumPy and torch
     logprobs_from_logits, masked_mean, ...   log-probabilities, statistics over unmasked tokens
     only_logits_of, disable_dropout, ...     forward passes without waste and without noise
@@ -46,9 +47,9 @@ class InputError(ValueError):
 
 @contextmanager
 def explain(what, place=""):
-    """Turn any error inside into an InputError: `what`, the error's first line, and its line.
+    """Raise any error inside again as an InputError: what failed, why, and in which line.
 
-    An InputError inside stays as it is, behind its place in the data."""
+    An InputError inside keeps its message; `place`, where in the data it is, goes in front."""
     try:
         yield
     except InputError as error:
@@ -132,13 +133,14 @@ def logprobs_from_logits(logits, labels, gather=True):
 
 
 def entropy_from_logits(logits):
-    """Compute the entropy [...] (nats) of the distributions with logits [..., V]."""
-    # log sum exp(z) - sum p z: one temporary of the logits' size
+    """Compute the entropy [...] (nats) in float32 of the distributions with logits [..., V]."""
+    logits = logits.float()
+    # H = log sum exp(z) - sum p z with p = softmax(z): one temporary of the logits' size
     return logits.logsumexp(-1) - torch.linalg.vecdot(logits.softmax(-1), logits)
 
 
 def masked_mean(values, mask, axis=None):
-    """Average the values under the mask, over all dimensions or over one."""
+    """Average the values where the mask is 1, over all dimensions or over `axis`."""
     return (values * mask).sum(axis) / mask.sum(axis)
 
 
@@ -152,7 +154,8 @@ def masked_var(values, mask, unbiased=True):
 def masked_whiten(values, mask, shift_mean=True, sum_over_ranks=lambda x: x):
     """Scale the values under the mask to variance 1 and mean 0. shift_mean=False: keep their mean.
 
-    The moments are those of all ranks. Fewer than two values are returned as they are."""
+    Masked values change too: multiply by the mask afterwards. Fewer than two values are returned as
+    they are. sum_over_ranks: adds a tensor up over all ranks; the default is for one rank."""
     n, total = sum_over_ranks(torch.stack([mask.sum().float(), (values * mask).sum().float()]))
     if n < 2:
         return values
@@ -169,7 +172,7 @@ def whiten(values, shift_mean=True):
 
 # ----------------------------------------------------------------------------- forward passes
 def check_finite(loss, done, of="optimizer steps"):
-    """Raise InputError before a loss that is not finite reaches a weight."""
+    """Raise InputError if the loss is not finite. done, of: such as 12 and "PPO updates"."""
     if not torch.isfinite(loss):
         raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or "
                          "resume from the last checkpoint with a lower learning rate")
@@ -192,11 +195,11 @@ def batches_of_similar_length(lengths, max_tokens):
 
 @contextmanager
 def only_logits_of(model, select):
-    """Let the model return the logits of the N tokens under select [B, T] (bool) only: [N, V].
+    """Make the model return only the logits [N, V] of the N tokens under select [B, T] (bool).
 
-    With a vocabulary of 100,000, the logits of prompts and padding are most of a batch's memory,
-    and a third of the time of a PPO step. The hidden states are selected just before the output
-    layer, so whatever the model does to its logits (scaling, soft-capping) it does to these.
+    Logits of prompts and padding would fill most of the memory when V is 100,000, and take a third
+    of the time of a PPO step. The hidden states are selected just before the output layer, so any
+    change that the model makes to its logits (scaling, soft-capping) still applies.
     model: plain, wrapped by accelerate, or with a value head."""
     model = getattr(model, "module", model)
     model = getattr(model, "pretrained_model", model)
@@ -220,19 +223,21 @@ JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 
 
 def disable_dropout(model):
-    """Turn dropout off for good, in train mode too: two policies are compared token by token.
+    """Set all dropout to 0 for good: equal weights then give equal log-probabilities.
 
     Train mode stays, since gradient checkpointing needs it. Some models keep the probability as a
     number of their own (dropout, layerdrop, drop_prob), or read it from their config (Falcon).
-    Routers of experts multiply their inputs by random numbers: that goes, too."""
-    copies = {}  # of configs, for layers: the model is saved with its own
+    Routers of experts multiply their inputs by random numbers: this is turned off, too."""
+    copies = {}  # layers get a copy of their config, so that the saved one keeps its dropout
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         holders = [module]
         for key, config in list(vars(module).items()):
             if isinstance(config, PreTrainedConfig) and not hasattr(module, "save_pretrained"):
-                holders.append(copies.setdefault(id(config), copy.deepcopy(config)))
+                if id(config) not in copies:
+                    copies[id(config)] = copy.deepcopy(config)
+                holders.append(copies[id(config)])
                 setattr(module, key, holders[-1])
         for holder in holders:
             for name, value in vars(holder).items():
@@ -310,7 +315,7 @@ def with_adapter(model, peft_config, seed=None):
     from peft import get_peft_model, prepare_model_for_kbit_training
     if hasattr(model, "peft_config"):
         raise InputError("peft_config: the model has an adapter already; give one or the other")
-    if getattr(model, "is_quantized", False):  # Trainer's own switch turns checkpointing on
+    if getattr(model, "is_quantized", False):  # gradient checkpointing has a switch of its own
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     beyond_text = freeze_beyond_text(model)
     if beyond_text and hasattr(peft_config, "exclude_modules"):
@@ -322,7 +327,7 @@ def with_adapter(model, peft_config, seed=None):
 
 
 def freeze_beyond_text(model):
-    """Freeze what text does not reach, such as a vision tower. Returns its modules' names.
+    """Freeze the modules that text does not reach, such as a vision tower. Returns their names.
 
     On several ranks DDP would wait for its gradients."""
     config, text = model.config, model.config.get_text_config()
@@ -337,9 +342,9 @@ def freeze_beyond_text(model):
 
 # ----------------------------------------------------------------------------- value heads
 class ValueHead(nn.Module):
-    """V(s_t), one number per token: hidden states [..., D] -> values [..., 1] in float32.
+    """Map hidden states [..., D] to values V(s_t) [..., 1] in float32, one per token.
 
-    It starts at zero (Ziegler et al. 2019): the first advantages are then sums of rewards alone."""
+    All values start at 0 (as in OpenAI's code): the first advantages come from rewards alone."""
 
     def __init__(self, config, summary_dropout_prob=None, hidden_size=None):
         super().__init__()
@@ -491,10 +496,10 @@ class PreTrainedModelWrapper(nn.Module):
             raise ValueError("reward_adapter needs a policy with an adapter of its own "
                              "(peft_config): both share one base model")
         from peft.utils import load_peft_weights
-        policy = self.pretrained_model.active_adapter
+        policy_name = self.pretrained_model.active_adapter
         self.rm_adapter_name = name
         self.pretrained_model.load_adapter(folder, adapter_name=name, is_trainable=False, **hub)
-        self.pretrained_model.set_adapter(policy)
+        self.pretrained_model.set_adapter(policy_name)
         weights = load_peft_weights(folder, device="cpu", **hub)
         weights = [v for k, v in weights.items() if k.endswith("score.weight")]
         if not weights:
@@ -502,7 +507,7 @@ class PreTrainedModelWrapper(nn.Module):
                              "sequence classifier")
         self.score = nn.Linear(weights[0].shape[1], weights[0].shape[0], bias=False)
         self.score.load_state_dict({"weight": weights[0]})
-        self.score.requires_grad_(False)
+        self.score.to(self.v_head.summary.weight.device).requires_grad_(False)
 
     @torch.no_grad()
     def compute_reward_score(self, input_ids, attention_mask=None, **kwargs):
@@ -599,7 +604,7 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     if cut is None:
         raise ValueError(f"num_shared_layers={num_shared_layers}: no parameter is named *{first}*; "
                          "give a smaller number, or the pattern of the layers' names")
-    # OPT declares the norm behind its layers before them
+    # OPT lists the norm after its layers before them: it is not below the cut
     last = pattern.partition("layers.{layer}")[0] + "final_layer_norm."
     shared = [p for name, p in parameters[:cut] if last not in name]
     # deepcopy takes what its memo holds as copied already: these parameters stay the very same
@@ -609,8 +614,8 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
 def copy_adapter(model, name="reference"):
     """Put a frozen copy of a PeftModel's active adapter next to it, under this name."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    policy = model.active_adapter
-    config = copy.copy(model.peft_config[policy])
+    policy_name = model.active_adapter
+    config = copy.copy(model.peft_config[policy_name])
     config.inference_mode = True
     config.init_lora_weights = True  # PiSSA, OLoRA: they would change the base weights once more
     if getattr(config, "bias", "none") != "none":
@@ -618,10 +623,10 @@ def copy_adapter(model, name="reference"):
                          "reference share; set bias='none', or give a ref_model")
     with explain("peft_config: the adapter can't be copied as the reference; give a ref_model"):
         model.add_adapter(name, config)
-    weights = get_peft_model_state_dict(model, adapter_name=policy)
+    weights = get_peft_model_state_dict(model, adapter_name=policy_name)
     set_peft_model_state_dict(model, weights, adapter_name=name)  # copies the values
-    model.set_adapter(policy)
-    for key, parameter in model.named_parameters():  # set_adapter forgets virtual tokens
+    model.set_adapter(policy_name)
+    for key, parameter in model.named_parameters():  # set_adapter skips prompt tuning's tokens
         if f".{name}." in key:
             parameter.requires_grad_(False)
 

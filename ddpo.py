@@ -1,4 +1,4 @@
-"""Denoising diffusion policy optimization: a text-to-image model against a reward of its images.
+"""Train a text-to-image model on a reward of its images: denoising diffusion policy optimization.
 
 Papers: Black et al. 2023, "Training Diffusion Models with Reinforcement Learning"
 (arXiv:2305.13301), the method; Song et al. 2021, "Denoising Diffusion Implicit Models"
@@ -11,19 +11,20 @@ every timestep has an exact log-probability:
 
     p(x_{t-1} | x_t, c) = N(mu(x_t, c, t), sigma_t^2 I)
 
-with mu and sigma_t of Song et al., equations 12 and 16. The UNet minimizes PPO's clipped surrogate,
-averaged over samples and timesteps (Black et al., equation 5 with the clip):
+with mu and sigma_t of Song et al., equations 12 and 16. Training minimizes PPO's clipped surrogate
+(Black et al.: DDPO_IS, importance sampling with a clip):
 
-    L = max(-A rho_t, -A clip(rho_t, 1 - eps, 1 + eps))
+    L = mean over samples and timesteps of max(-A rho_t, -A clip(rho_t, 1 - eps, 1 + eps))
     rho_t = p(x_{t-1} | x_t, c) / p_old(x_{t-1} | x_t, c)
 
-The advantage A is the reward, normalized over the batch, over the pictures_per_prompt images of a
-prompt or over the prompt's recent rewards; the loss clips it to +-train_adv_clip_max.
+The advantage A is the normalized reward. By default the statistics are the batch's; with
+pictures_per_prompt > 1, those of the prompt's images in this epoch; with per_prompt_stat_tracking,
+those of the prompt's recent rewards. The loss clips A to +-train_adv_clip_max.
 
 Start reading at `DDPOTrainer.step`. Part 1 is the algorithm, Part 2 the machinery around it.
 
-Difference from the papers: log p is the mean, not the sum, over the n = C h w elements of a latent.
-So rho_t is the n-th root of the paper's ratio, and eps is small.
+Difference from the papers: log p is the mean, not the sum, over the n elements of a latent. So
+rho_t is the n-th root of the paper's ratio, and eps is small.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. Gradients are averaged over ranks and statistics see all of them. Each rank samples with a seed
      of its own.
@@ -97,7 +98,7 @@ HIDDEN = tyro.conf.Suppress
 # ----------------------------------------------------------------------------- configuration
 @dataclass
 class DDPOConfig:
-    """Sizes are per process. The documented fields come first; the script has sizes of its own."""
+    """List the settings of DDPO. Sizes are per process; the script has sizes of its own."""
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
     """Name of the experiment: title of the model card, default of run_name."""
@@ -192,9 +193,9 @@ class DDPOConfig:
     dataset_config: Optional[str] = None
     """Configuration of a dataset that has several, such as main of gsm8k."""
     pictures_per_prompt: int = 1
-    """Images per prompt and epoch; if above 1, compared only among themselves."""
+    """Images per prompt and epoch; above 1, advantages compare only these images."""
     reward_function: str = "shape_alignment"
-    """One of REWARDS, or file.py:function of images, prompts and metadata."""
+    """Name in REWARDS, or file.py:function, called with images, prompts and metadata."""
     output_dir: Optional[str] = None
     """Output folder. None: runs/<run_name>."""
     bf16: bool = False
@@ -297,7 +298,7 @@ def ddim_mean_std(x_t, output, alpha_t, alpha_prev, eta, prediction_type="epsilo
     x_t, output = x_t.float(), output.float()
     alpha_t = alpha_t.float().view(-1, 1, 1, 1)
     alpha_prev = alpha_prev.float().view(-1, 1, 1, 1)
-    signal, noise = alpha_t.sqrt(), (1 - alpha_t).sqrt()  # x_t = signal x_0 + noise epsilon
+    signal, noise = alpha_t.sqrt(), (1 - alpha_t).sqrt()  # factors: x_t = signal x_0 + noise eps.
     if prediction_type == "epsilon":
         x_0 = (x_t - noise * output) / signal                                         # eq. 9
         epsilon = output
@@ -330,7 +331,7 @@ def log_prob(x, mean, std):
 
 
 def guided(negative, positive, scale, rescale=0.0):
-    """Compute the guided prediction (Ho & Salimans, eq. 6) from two predictions [B, C, h, w].
+    """Compute the guided prediction (Ho & Salimans, eq. 6: w is scale - 1) from two [B, C, h, w].
 
     rescale: how far its spread returns to the positive prediction's (Lin et al. 2023, eq. 16)."""
     output = negative + scale * (positive - negative)
@@ -361,7 +362,7 @@ def normalize_groups(rewards, size):
 
 
 class PerPromptStatTracker:
-    """Normalize rewards by the recent rewards of their prompt (Black et al. 2023, section 4.3)."""
+    """Normalize rewards by the recent rewards of their prompt (as Black et al. 2023 do)."""
 
     def __init__(self, buffer_size, min_count):
         self.min_count = min_count
@@ -426,7 +427,7 @@ class DenoisingPolicy:
         embeds = prompt_embeds
         if guidance_scale > 1 and negative_prompt_embeds is not None:
             embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        # step_distribution reads their number, here and in learning
+        # step_distribution reads num_inference_steps from it, here and in learning
         self.scheduler.set_timesteps(num_inference_steps, device=prompt_embeds.device)
         latents = self.initial_noise(prompt_embeds, generator, height, width)     # x_T
         all_latents, log_probs = [latents], []
@@ -483,7 +484,7 @@ class DenoisingPolicy:
 
 # ----------------------------------------------------------------------------- the update
 class DDPOTrainer(machinery.LoopTrainer):
-    """DDPO with a reward function and a prompt function of the user's own:
+    """Train a pipeline on a reward function, with prompts from a prompt function:
 
         pipeline = DefaultDDPOStableDiffusionPipeline("my/model")
         trainer = DDPOTrainer(DDPOConfig(), reward_function, prompt_function, pipeline)
@@ -501,43 +502,46 @@ class DDPOTrainer(machinery.LoopTrainer):
 
         # 1. Sample images, and keep the latents and log-probabilities of all T timesteps
         self.show_phase("sampling")
+        # prompt_image_pairs: for the hook, a list [images, prompts, metadata] of each batch
         samples, prompt_image_pairs = self._generate_samples(
             config.sample_num_batches_per_epoch, config.sample_batch_size)
         data = {name: torch.cat([batch[name] for batch in samples]) for name in samples[0]}
 
-        # 2. Reward each image
+        # 2. Reward each image; the lists get the batch's rewards and reward metadata as well
         self.show_phase("scoring")
         rewards = self.compute_rewards(prompt_image_pairs)                       # [B]
 
         # 3. Advantages, from the rewards of all ranks
-        prompts = [prompt for batch in prompt_image_pairs for prompt in batch[1]]
+        prompts = [prompt for _, texts, *_ in prompt_image_pairs for prompt in texts]
         data["advantages"], all_rewards = self.compute_advantages(prompts, rewards)
         reward_stats = {"reward_mean": float(all_rewards.mean()),
                         "reward_std": float(all_rewards.std())}
         self.accelerator.log({"epoch": epoch, **reward_stats}, step=global_step)
         self.show_images(prompt_image_pairs, global_step)
 
-        # 4. Inner epochs of minibatches, one timestep per pass; a gradient is the mean over the
-        #    samples and timesteps of its optimizer step. rho_t is 1 until the epoch's first step;
-        #    then the clip keeps the policy near the one that sampled
+        # 4. Train in minibatches. A pass takes one timestep of each sample; the gradient of an
+        #    optimizer step is the mean over its passes. Until the epoch's first optimizer step
+        #    rho_t is 1, up to rounding; after it the clip limits the change
         self.show_phase("learning")
-        # a reward or hook may have drawn images in another number of steps
+        # the reward function or the hook may have drawn images in another number of timesteps
         self.sd_pipeline.scheduler.set_timesteps(
             config.sample_num_steps, device=self.accelerator.device)
-        self.stepper.zero_grad()  # gradients left by an epoch that raised
+        self.stepper.zero_grad()  # an epoch that raised may have left gradients
         B, T = data["timesteps"].shape
         minibatches = torch.arange(B).split(config.train_batch_size)
-        trained_timesteps = range(int(T * config.train_timestep_fraction + 1e-9))  # 100 * 0.29: 29
+        # 100 * 0.29 is 28.999999999999996 in floating point
+        trained_timesteps = range(int(T * config.train_timestep_fraction + 1e-9))
         train_stats = []
         for inner_epoch in range(config.train_num_inner_epochs):
             data = self.shuffle(data)
             for i in range(0, len(minibatches), config.train_gradient_accumulation_steps):
-                # the minibatches of one optimizer step; column k is another timestep in each sample
+                # the minibatches of one optimizer step
                 accumulated = minibatches[i:i + config.train_gradient_accumulation_steps]
+                # `shuffle` has put a different timestep of each sample in column k
                 passes = list(itertools.product(accumulated, trained_timesteps))
                 pass_stats = []
                 for number, (mb, k) in enumerate(passes, start=1):
-                    is_last = number == len(passes)  # ranks exchange gradients once, in this one
+                    is_last = number == len(passes)  # DDP averages the ranks' gradients in this one
                     with nullcontext() if is_last else self.accelerator.no_sync(self.unet):
                         loss, approx_kl, clipfrac = self.calculate_loss(
                             data["latents"][mb, k], data["timesteps"][mb, k],
@@ -563,7 +567,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         """Sample batches of images. Returns their tensors, and [images, prompts, metadata] of each.
 
         The tensors of a batch are a dict: timesteps, log_probs [B, T]; latents, next_latents
-        [B, T, C, h, w]; prompt_embeds, negative_prompt_embeds [B, L, D]; prompt_ids [B, L]."""
+        [B, T, C, h, w]; prompt_embeds, negative_prompt_embeds [B, L, D]."""
         pipeline, repeats = self.sd_pipeline, self.config.pictures_per_prompt
         samples, prompt_image_pairs, drawn = [], [], []
         for _ in range(iterations * batch_size // repeats):
@@ -571,11 +575,8 @@ class DDPOTrainer(machinery.LoopTrainer):
         for batch in common.split(drawn, batch_size):
             prompts, metadata = zip(*batch, strict=True)
             output, prompt_embeds = self.sample_images(prompts)
-            prompt_ids = pipeline.tokenizer(list(prompts), padding="max_length", truncation=True,
-                                            return_tensors="pt").input_ids
             latents = torch.stack(output.latents, dim=1)                # [B, T + 1, C, h, w]
             samples.append({
-                "prompt_ids": prompt_ids,
                 "prompt_embeds": prompt_embeds,
                 "negative_prompt_embeds": self.negative_embed.expand_as(prompt_embeds),
                 "timesteps": pipeline.scheduler.timesteps.expand(batch_size, -1),
@@ -639,7 +640,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         """Compute the loss, the approximate KL, and the fraction of ratios outside the clip range.
 
         latents, next_latents [B, C, h, w]; timesteps, log_probs (of the old policy), advantages
-        [B]; embeds as in `predict`. Call after sampling, which sets the scheduler's timesteps.
+        [B]; embeds as in `predict`. The scheduler must be set to sample_num_steps timesteps.
         Returns three scalars."""
         config = self.config
         with self.accelerator.autocast():
@@ -749,10 +750,12 @@ class DDPOTrainer(machinery.LoopTrainer):
     def check_parts(self):
         """Raise InputError for sizes that do not fit the scheduler or the number of ranks."""
         config = self.config
-        timesteps = self.sd_pipeline.scheduler.config.num_train_timesteps
-        if config.sample_num_steps > timesteps:
+        schedule = self.sd_pipeline.scheduler.config
+        most = schedule.num_train_timesteps - schedule.steps_offset  # the offset shifts all of them
+        if config.sample_num_steps > most:
             raise InputError(f"sample_num_steps={config.sample_num_steps}: the scheduler was "
-                             f"trained with {timesteps} timesteps; give at most as many")
+                             f"trained with {schedule.num_train_timesteps} timesteps; give at most "
+                             f"{most}")
         samples = config.sample_batch_size * config.sample_num_batches_per_epoch
         if samples * self.accelerator.num_processes == 1 and not config.per_prompt_stat_tracking:
             raise InputError("sample_batch_size x sample_num_batches_per_epoch = 1: one sample per "
@@ -883,7 +886,7 @@ pipeline("a prompt", negative_prompt={(config.negative_prompts or "")!r},
 """)
 
     def save_pretrained(self, save_directory):
-        """Write the LoRA or the pipeline, and a model card. Call it on the main rank."""
+        """Write the LoRA or the pipeline, and a model card. Only the main rank writes."""
         if self.accelerator.is_main_process:
             self.sd_pipeline.save_pretrained(save_directory)
             self.create_model_card(save_directory, self.config.exp_name)
@@ -966,7 +969,7 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
 
     @property
     def models(self):
-        """The networks of the pipeline, without the safety checker, which is not used."""
+        """Return the networks of the pipeline, without the safety checker, which is not used."""
         return [part for name, part in self.sd_pipeline.components.items()
                 if isinstance(part, torch.nn.Module) and name != "safety_checker"]
 
@@ -1041,7 +1044,7 @@ class DDPOStableDiffusionPipeline(DenoisingPolicy):
 
 
 class DefaultDDPOStableDiffusionPipeline(DDPOStableDiffusionPipeline):
-    """The same, from the hub name or folder of a StableDiffusionPipeline."""
+    """Load a StableDiffusionPipeline from its hub name or folder, as a policy."""
 
     def __init__(self, pretrained_model_name, *, pretrained_model_revision="main", use_lora=True,
                  lora_r=4, lora_alpha=4, lora_weights=None):
@@ -1074,7 +1077,7 @@ def jpeg_incompressibility(images, prompts, metadata):
 
 
 def jpeg_compressibility(images, prompts, metadata):
-    """Measure the same, with a minus sign."""
+    """Measure minus the size in kB of each image as a JPEG file."""
     return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
 
 
@@ -1082,8 +1085,9 @@ def shape_alignment(images, prompts, metadata):
     """Measure from 0 to 1 how well each image shows its prompt, such as "a red circle".
 
     A pixel's paint is its saturation times the likeness of its hue to the color of the prompt. The
-    ideal shape, a quarter as wide as the image, is centered on the paint. The reward is their
-    overlap: the sum of minima over the sum of maxima. images [B, 3, H, W] in [0, 1]."""
+    ideal shape, whose circle has a quarter of the image's width as its radius, is centered on the
+    paint. The reward is their overlap: the sum of minima over the sum of maxima. images
+    [B, 3, H, W] in [0, 1]."""
     rewards = []
     for image, prompt in zip(images.float().cpu(), prompts, strict=True):
         color, shape = color_and_shape(prompt)
@@ -1112,7 +1116,8 @@ def color_and_shape(prompt):
     return torch.tensor(colors[0]).view(3, 1, 1).float(), shapes[0]
 
 
-# Is the point (x, y) inside the shape of area pi around its center of mass? y grows downwards.
+# Each shape has area pi and its center of mass at (0, 0), and tells whether (x, y) is inside. y
+# grows downwards.
 def circle(x, y):
     return x**2 + y**2 < 1
 
@@ -1121,7 +1126,7 @@ def square(x, y):
     return torch.maximum(x.abs(), y.abs()) < math.sqrt(math.pi) / 2
 
 
-def triangle(x, y):
+def triangle(x, y):  # equilateral: 0.7776 from the center to a side, 1.5551 to a corner
     return (y < 0.7776) & (math.sqrt(3) * x.abs() < y + 1.5551)
 
 
@@ -1215,12 +1220,12 @@ def show_samples(trainer, rows, title):
             sample = {"epoch": trainer.epoch, "prompt": prompt, "reward": reward}
             file.write(json.dumps(sample) + "\n")
     first = [sample["reward"] for sample in samples if sample["epoch"] == 0]
-    text = f"{title} training: reward {rewards.mean():.3f} ± {rewards.std():.3f} in {len(rewards)}"
-    text += f" images ({out / title}.png)"
+    text = f"{title} training: mean reward {rewards.mean():.3f} of {len(rewards)} images, "
+    text += f"standard deviation {rewards.std():.3f} ({out / title}.png)"
     if len(first) == len(rewards) > 1:
         change = rewards - first
         error = change.std(ddof=1) / math.sqrt(len(change))
-        text += f"; change per image {change.mean():+.3f} ± {error:.3f}"
+        text += f"; mean change {change.mean():+.3f}, standard error {error:.3f}"
     tqdm.write(text)
 
 
@@ -1242,7 +1247,7 @@ def main(config: DDPOConfig):
         lora_weights=config.lora_weights)
     machinery.use_few_threads(pipeline.unet)
 
-    def draw_prompt():
+    def draw_prompt():  # called in training, when `trainer` and `numbers` are there
         """Draw by seed, rank and number alone: a resumed run continues with the same prompts."""
         key = f"{config.seed} {trainer.accelerator.process_index} {next(numbers)}"
         return random.Random(key).choice(rows)

@@ -17,22 +17,25 @@ reward model and without sampling:
 averaged over the pairs of an optimizer step. The policy's reward of an answer y is
 beta log [pi(y|x) / pi_ref(y|x)]; the metrics rewards/* are these rewards (for ipo per token).
 
-Start reading at `DPOTrainer.pair_losses`, steps 1 to 4; `compute_loss`, step 5, follows it. Part 1
-is the algorithm, Part 2 the machinery around it.
+Start reading at the docstring of `DPOTrainer`: its loop, which Trainer runs, changes the weights.
+Then read `DPOTrainer.pair_losses`, steps 1 to 4, and `compute_loss`, step 5. Part 1 is the
+algorithm, Part 2 the machinery around it.
 
-Differences from the papers: kto's gradient flows through its estimates of the KL, which are means
-over a micro-batch (as in TRL), so give it more than one pair; ipo averages log-probabilities over
-an answer's tokens.
+Differences from the papers: ipo averages log-probabilities over an answer's tokens. kto estimates
+the KL by means over a micro-batch, so give it more than one pair; as in TRL, its gradient flows
+through these estimates.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. ipo averages log-probabilities over an answer's tokens (0.7.10 sums them).
   2. Log-probabilities are float32 whatever the model's type. The reference never has dropout.
   3. With LoRA the reference is the adapter as it was loaded, not the bare base model.
-  4. max_prompt_length always holds. A text gets BOS only if the tokenizer writes one; a chat gets
-     no tokens but its template's. A truncated answer has no EOS, an encoder-decoder's neither.
-     Rows with an empty answer or two equal answers are dropped and counted.
+  4. Every prompt is truncated to max_prompt_length, not only that of a row that is too long. A text
+     gets BOS only if the tokenizer writes one; a chat gets no tokens but its template's. A
+     truncated answer loses its EOS, in an encoder-decoder too. Rows with an empty answer or two
+     equal answers are dropped and counted.
   5. precompute_ref_log_probs runs the reference before the first step, over evaluation sets too.
   6. Metrics are means over all pairs and ranks; logits/* are means over answer tokens only.
   7. Every pair of an optimizer step has the same weight, in whatever micro-batch or rank it is.
+     (kto's loss of a pair does depend on the other pairs of its micro-batch.)
   8. A large batch runs in groups of similar length: the same numbers with less padding.
   9. In training, concatenated_forward gets answers_only=True, and get_batch_logps the logits [N, V]
      of the N answer tokens. Evaluation averages `pair_losses`, not get_batch_loss_metrics.
@@ -89,7 +92,7 @@ REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
 SIDES = ("chosen", "rejected")
 TRUNCATION_MODES = ("keep_end", "keep_start")
 HELPER_COLUMNS = ("shown_prompt", "length", "is_truncated")  # not for the model
-SPLIT_FROM = 8  # pairs per training batch from which on batches run in groups of similar length
+SPLIT_FROM = 8  # a batch of 8 pairs or more runs in four groups of similar length
 
 
 # =============================================================================
@@ -178,12 +181,13 @@ class DPOConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.DPOArg
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Symbols in shapes: B pairs; R = 2B rows, the chosen answers above the rejected ones; T tokens of
+# Letters in shapes: B pairs; R = 2B sequences, the chosen ones above the rejected ones; T tokens of
 # the longest sequence (prompt and answer; of an encoder-decoder the answer); V entries of the
 # vocabulary; N answer tokens of the whole batch. chosen is y_w, rejected is y_l.
+
 class LossTraits(NamedTuple):
     """State how a preference loss reads its inputs."""
-    takes_mean: bool             # of the log-probabilities over an answer's tokens, not their sum
+    takes_mean: bool             # log pi(y|x) is the mean over y's tokens, not their sum
     takes_label_smoothing: bool  # whether label_smoothing has an effect
 
 
@@ -213,7 +217,7 @@ def preference_losses(policy_chosen, policy_rejected, reference_chosen, referenc
         return torch.relu(1 - beta * h)
     if loss_type == "ipo":      # IPO, equation 17, where beta is called tau
         return (h - 1 / (2 * beta)) ** 2
-    if loss_type in ("kto", "kto_pair"):  # KTO: an answer against the mean of the other kind
+    if loss_type in ("kto", "kto_pair"):  # KTO: the other kind's mean log-ratio estimates the KL
         chosen_KL = chosen_logratios.mean().clamp(min=0)
         rejected_KL = rejected_logratios.mean().clamp(min=0)
         return torch.cat([1 - torch.sigmoid(beta * (chosen_logratios - rejected_KL)),
@@ -224,7 +228,7 @@ def preference_losses(policy_chosen, policy_rejected, reference_chosen, referenc
 def find_answers(labels, label_pad_token_id=-100, is_encoder_decoder=False):
     """Find the answer tokens of labels [R, T], whose other entries are label_pad_token_id.
 
-    Returns where a model predicts them, [R, T] (bool), and the tokens themselves, [N]."""
+    Returns the mask [R, T] (bool) of the positions that predict them, and their token ids [N]."""
     is_answer = labels != label_pad_token_id
     if is_encoder_decoder:
         return is_answer, labels[is_answer]
@@ -235,7 +239,8 @@ def find_answers(labels, label_pad_token_id=-100, is_encoder_decoder=False):
 
 def sum_per_row(values, mask, mean=False):
     """Sum values [N], one per true entry of mask [R, T], over each row: [R]. mean: average."""
-    sums = values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)
+    table = values.new_zeros(mask.shape).masked_scatter(mask, values)  # [R, T], 0 elsewhere
+    sums = table.sum(1)
     return sums / mask.sum(1) if mean else sums
 
 
@@ -253,7 +258,7 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
 
     Call every method on every rank."""
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of all micro-batches
+    loss_is_scaled_for_ga = True  # Trainer must not divide by the number of micro-batches
 
     def pair_losses(self, model, batch):
         """Compute losses and metrics of the pairs of a batch, [B] each.
@@ -264,19 +269,19 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
         if REFERENCE_COLUMNS[0] in batch:
             reference_logps = [batch[name] for name in REFERENCE_COLUMNS]
         elif self.reference_free:
-            reference_logps = [None, None]  # dpo_loss takes zeros
+            reference_logps = [None, None]  # dpo_loss replaces them with zeros
         else:
             reference_logps = self.compute_reference_log_probs(batch)
 
-        # 2. The policy: the same log-probabilities, of both answers together
+        # 2. The policy: log-probabilities and mean logits of both answers, [B] each, in one pass
         chosen_logps, rejected_logps, chosen_mean_logits, rejected_mean_logits, *aux_loss = (
             self.concatenated_forward(model, batch, answers_only=True))
 
         # 3. The loss of each pair
         losses, chosen_rewards, rejected_rewards = self.dpo_loss(
             chosen_logps, rejected_logps, *reference_logps)
-        losses = losses.view(-1, len(chosen_logps)).mean(0)  # kto has two losses per pair
-        if aux_loss:  # of a mixture of experts
+        losses = losses.view(-1, len(chosen_logps)).mean(0)  # of a pair's two losses, if kto
+        if aux_loss:  # a mixture of experts: the loss that balances the load of its experts
             losses = losses + aux_loss[0]
 
         # 4. The metrics of each pair
@@ -292,14 +297,14 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
         }
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss of a micro-batch: the mean of `pair_losses`, weighted.
+        """Compute a micro-batch's part of the mean loss over the pairs of the optimizer step.
 
         num_items_in_batch: pairs of the optimizer step, over all micro-batches and ranks."""
         loss, metrics = self.get_batch_loss_metrics(model, inputs)
         check_finite(loss, self.state.global_step)
 
-        # 5. The mean over all pairs of the optimizer step: Trainer adds up the micro-batches, and
-        #    DDP averages the ranks' gradients
+        # 5. The mean over all pairs of the optimizer step. Trainer sums the micro-batches'
+        #    gradients; DDP averages those of the ranks, hence the factor num_processes
         pairs = len(inputs["chosen_labels"])
         if num_items_in_batch is not None:
             loss = loss * pairs * self.accelerator.num_processes / num_items_in_batch
@@ -374,6 +379,7 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
 
         Returns log-probabilities [R], logits, and the balancing loss or None."""
         predicts, _ = find_answers(labels, self.label_pad_token_id, self.is_encoder_decoder)
+        # the output layer runs at the N answer tokens only, unless the caller wants all logits
         selection = only_logits_of(model, predicts) if answers_only else nullcontext()
         with selection, self.accelerator.autocast():
             output = model(**inputs, use_cache=False)
@@ -391,8 +397,8 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
     def forward_by_length(self, model, inputs, labels):
         """Run `forward` on up to four groups of sequences of similar length, shortest first.
 
-        Each group is as wide as its longest sequence: with mixed lengths a third of the work less.
-        """
+        Each group is padded to its own longest sequence only. With mixed lengths this saves a third
+        of the work."""
         lengths = inputs["attention_mask"].sum(1)
         order = lengths.argsort()
         logps, logits = [], []
@@ -549,9 +555,11 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
         if self.is_encoder_decoder is None:
             self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        # a mixture of experts is balanced over all rows at once; all ranks split or none does
+        # A mixture of experts is balanced over all rows at once. A sharded model would gather its
+        # weights again for each group. All ranks split or none does, whatever their rows
         balances_experts = getattr(self.model.config, "output_router_logits", False)
-        self.splits_batches = (args.per_device_train_batch_size >= SPLIT_FROM
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.splits_batches = (args.per_device_train_batch_size >= SPLIT_FROM and not is_sharded
                                and not self.is_encoder_decoder and not balances_experts)
         self.limit_lengths()
         self.padding_value = self.padding_value or tokenizer.pad_token_id or 0

@@ -10,15 +10,15 @@ responses, and the policy is fine-tuned on the best one:
     1. y_1 ... y_n ~ pi(. | x)                         sample
     2. r(x, y_1) ... r(x, y_n)                         score
     3. y* = argmax_i r(x, y_i)                         keep the best (num_best: the best few)
-    4. L = -mean log pi(y*_t | x, y*_<t)               fine-tune; over x, the kept y*, and t
+    4. L = -mean log pi(y*_t | x, y*_<t)               fine-tune; mean over the tokens of all y*
 
 The policy moves toward its own best responses, and the next round samples from the new policy. No
 gradient flows through the reward, so any Python function will do. There is no value head and no
 reference model.
 
-Start reading at `train_round`, then `IterativeSFTTrainer.step`, whose inner loop changes the
-weights, then `compute_loss`. Part 2 is machinery. To write your own loop, call `step`, which is
-line 4 alone. A round is one call of `step`, an epoch to Trainer, of several optimizer steps.
+Start reading at `train_round`. Its line 4 calls `IterativeSFTTrainer.step`, whose loop changes the
+weights. That loop calls `compute_loss`. Part 2 is machinery. To write your own loop, call `step`
+alone. A round is one call of `step`: several optimizer steps, and one epoch to Trainer.
 
 Difference from the paper: each round makes one pass over the responses that it keeps.
 The API, defaults and metrics follow TRL 0.7.10. Differences:
@@ -167,19 +167,19 @@ class IterativeSFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, Trainin
 
 # ----------------------------------------------------------------------------- one round
 # Letters in shapes: P prompts, n responses each, k of them kept; B rows, T tokens of the longest
-# row, N labels, V entries of the vocabulary.
+# row, N targets, V entries of the vocabulary.
 def train_round(trainer, reward, prompts):
     """Run one round of best-of-n fine-tuning. Returns its statistics over all ranks.
 
-    reward: the function that `load_reward` returns. prompts: what `load_prompts` returns, of which
-    P rows are drawn."""
+    reward: a function that scores texts, from `load_reward`. prompts: a list of dicts, from
+    `load_prompts`, of which P are drawn."""
     config = trainer.args
     # a call of `step` is an epoch: this many rounds are finished
     finished_rounds = int(trainer.state.epoch)
-    # every rank draws prompts and responses of its own: round x ranks + rank
+    # this rank's place in the stream of draws: every rank and round draws something different
     stream_index = finished_rounds * config.world_size + config.process_index
     prompts = draw_prompts(prompts, stream_index, config.prompts_per_round, config.seed)
-    # the large prime keeps the seeds of different runs apart
+    # the large prime keeps runs with neighboring seeds apart
     torch.manual_seed(config.seed + 100_003 * (stream_index + 1))
 
     # 1. Sample n responses to each of P prompts: P lists of n LongTensors
@@ -188,11 +188,12 @@ def train_round(trainer, reward, prompts):
     # 2. Score them, [P, n]
     scores = score_responses(trainer, reward, prompts, responses)
 
-    # 3. Keep the k best of each prompt, [P, k]; for a penalty on length write best_of(scores - ...)
+    # 3. Keep the k best of each prompt: [P, k], which of its n responses, the best first.
+    #    To penalize length, change the scores here
     best = best_of(scores, config.num_best)
     metrics = score_metrics(trainer, scores, best)
 
-    # 4. Fine-tune on them: labels are the tokens of the response, not those of the prompt
+    # 4. Fine-tune on them: the loss is over the response, so the prompt's labels are IGNORE
     input_ids, labels = [], []
     for prompt, group, kept in zip(prompts, responses, best.tolist(), strict=True):
         query = torch.tensor(prompt["input_ids"])
@@ -221,16 +222,17 @@ def next_tokens(labels):
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0):
-    """Compute -log p(target) [N] in float32 (nats) from logits [N, V] and targets [N].
+    """Compute the cross-entropy [N] in float32 (nats) from logits [N, V] and targets [N].
 
-    label_smoothing: this fraction of the target's probability is spread over the vocabulary."""
+    It is -log p(target), unless label_smoothing spreads this fraction of the target's probability
+    over the vocabulary."""
     return F.cross_entropy(logits.float(), targets, reduction="none",
                            label_smoothing=label_smoothing)
 
 
 # ----------------------------------------------------------------------------- the update
 class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Trainer):
-    """transformers.Trainer without a dataset: call `step` with rows, as often as you like.
+    """Fine-tune on the rows that `step` is given: transformers.Trainer without a dataset.
 
         trainer = IterativeSFTTrainer(model, TrainingArguments("out", max_steps=1000), tokenizer)
         while not trainer.control.should_training_stop:
@@ -265,28 +267,29 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         self.call_back("on_epoch_begin")
 
         # 4a. Shuffle and collate the rows: a list of micro-batches for each optimizer step
-        # (the large prime keeps the seeds of different runs apart)
+        # (the large prime keeps runs with neighboring seeds apart)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + self.state.global_step)
         shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator)]
         batches = [self.make_batch(part) for part in common.split(shuffled, args.train_batch_size)]
-        steps = common.split(batches, args.gradient_accumulation_steps)
+        step_batches = common.split(batches, args.gradient_accumulation_steps)
 
         first_epoch = self.state.epoch
         batches_done = 0
-        losses, tokens = [], []  # of each optimizer step
-        self.optimizer.zero_grad()  # gradients left by a call that raised
-        for micro_batches in steps:
+        losses, tokens = [], []  # one entry per optimizer step
+        self.optimizer.zero_grad()  # a call that raised may have left gradients
+        for micro_batches in step_batches:
             self.call_back("on_step_begin")
             model.train()
-            self.optimizer.train()
+            self.optimizer.train()  # schedule-free optimizers have this mode
 
             # 4b. Loss and gradient: the mean over the step's tokens, on all ranks
-            counts = [(self.targets_of(b["labels"]) != IGNORE).sum() for b in micro_batches]
-            step_tokens = accelerator.reduce(sum(counts).to(args.device), "sum")
-            self.current_gradient_accumulation_steps = len(micro_batches)
+            targets = [self.targets_of(batch["labels"]) for batch in micro_batches]
+            step_tokens = sum((target != IGNORE).sum() for target in targets).to(args.device)
+            step_tokens = accelerator.reduce(step_tokens, "sum")
+            self.current_gradient_accumulation_steps = len(micro_batches)  # aux_loss divides by it
             step_loss = torch.zeros((), device=args.device)
             for batch in micro_batches:
-                # ranks exchange gradients once, with the last; those that share weights, each time
+                # DDP averages the ranks' gradients in the last micro-batch only, FSDP 2 in each
                 is_last = batch is micro_batches[-1]
                 exchange = is_last or accelerator.is_fsdp2
                 batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
@@ -305,7 +308,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
             self.call_back("on_pre_optimizer_step")
             self.optimizer.step()
             self.call_back("on_optimizer_step")
-            # the schedule does not step if fp16 skipped this step, or if it waits for an evaluation
+            # no step of the schedule if fp16 skipped this one, or if it waits for an evaluation
             if not accelerator.optimizer_step_was_skipped and not self.schedule_waits:
                 self.lr_scheduler.step()
             self.optimizer.zero_grad()
@@ -313,7 +316,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
                 clear_device_cache(garbage_collection=True)
 
             # 4d. Count the step, and ask the callbacks whether to log, evaluate, save or stop
-            # step_loss is this rank's part times the number of ranks; the mean undoes that
+            # compute_loss multiplied by the number of ranks, so the mean over ranks is the sum
             losses.append(accelerator.reduce(step_loss, "mean").item())
             tokens.append(step_tokens.item())
             batches_done += len(micro_batches)
@@ -322,7 +325,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
             self.call_back("on_step_end")
             if self.control.should_epoch_stop:  # a callback may end the call early
                 self.state.epoch = first_epoch + 1
-            is_end = (micro_batches is steps[-1] or self.control.should_epoch_stop
+            is_end = (micro_batches is step_batches[-1] or self.control.should_epoch_stop
                       or self.control.should_training_stop)
 
             # 4e. Log, evaluate and save, where the arguments ask for it
@@ -340,7 +343,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss of one micro-batch (step 4b).
 
-        inputs: input_ids, attention_mask and labels, each [B, T].
+        inputs: input_ids, attention_mask, labels, [B, T] each (an encoder-decoder's labels: its
+            target, of another T).
         num_items_in_batch: number of targets in the whole optimizer step, on all ranks. None: that
             of inputs.
         return_outputs: also return the model's outputs, with all logits [B, T, V].
@@ -361,10 +365,10 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         with selection:
             outputs = model(**inputs, use_cache=False)
         logits = outputs.logits
-        if return_outputs:
-            logits = logits[loss_mask]
+        if return_outputs:  # prompt tuning puts virtual tokens before those of the text
+            logits = logits[:, -targets.shape[1]:][loss_mask]
 
-        # negative log-likelihood of each target [N]; eval_loss is the mean of these
+        # cross-entropy of each target [N]; eval_loss is the mean of these
         nll = cross_entropy(logits, targets[loss_mask], self.args.label_smoothing_factor)
         if not model.training:
             self.add_to_evaluation(nll, loss_mask)
@@ -449,9 +453,9 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
             eval_dataset=eval_dataset, data_collator=self.evaluation_batch, callbacks=callbacks,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics)
-        self.prepare_training()
+        self.prepare_for_steps()
 
-    def prepare_training(self):
+    def prepare_for_steps(self):
         """Make optimizer, schedule and state, ready for `step` or `load_checkpoint`."""
         args = self.args
         model = self.model
@@ -843,6 +847,11 @@ def plan_steps(config):
     """Return max_steps and save_steps, in whole rounds (unless max_steps ends the run sooner)."""
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_round = math.ceil(config.prompts_per_round * config.num_best / rows_per_step)
+    keeps_best = config.load_best_model_at_end or config.save_strategy == "best"
+    if keeps_best and config.eval_strategy == "steps" and config.eval_steps % steps_per_round:
+        raise InputError(f"eval_steps={config.eval_steps}: checkpoints, also the best model's, are "
+                         f"written at the end of a round, which has {steps_per_round} optimizer "
+                         f"steps; give a multiple of {steps_per_round}")
     max_steps = math.ceil(config.num_train_epochs) * steps_per_round
     if config.max_steps > 0:
         max_steps = min(config.max_steps, max_steps)

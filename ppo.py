@@ -11,11 +11,12 @@ al., equation 2, written per token)
 
     R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last token] r(x, y)
 
-where pi_old is the policy that sampled, pi_ref the initial one, and [.] is 1 if true, else 0. GAE
-compares these rewards with V_old,t, the value head's predictions before the update. It gives the
-advantages A_t and return_t = A_t + V_old,t. With A_t whitened over the batch, the policy takes a
-few epochs of minibatch steps on the clipped surrogate (Schulman et al. 2017, equations 7 and 9).
-The loss of a token, averaged over tokens, with V_t the new prediction:
+where pi_old is the policy that sampled, pi_ref the initial one, beta the KL coefficient, and [.] is
+1 if true, else 0. From these rewards and from V_old,t, the value head's predictions before the
+update, GAE estimates the advantages GAE_t and return_t = GAE_t + V_old,t. A_t is GAE_t whitened
+over the batch: mean 0, variance 1. Then the policy takes a few epochs of minibatch steps on the
+clipped surrogate (Schulman et al. 2017, equations 7 and 9). With V_t the new prediction, eps
+`cliprange` and c_V `vf_coef`, the loss of a token, averaged over tokens, is
 
     loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - eps, 1 + eps) A_t) + c_V 1/2 (V_t - return_t)^2
     ratio_t = pi(y_t) / pi_old(y_t)
@@ -109,9 +110,9 @@ class PPOConfig(machinery.LoadingFlags):
     query_dataset: Optional[str] = None
     """Prompts: a file, a folder or a hub name. None: the toy prompts."""
     reward_model: Optional[str] = None
-    """Classifier (hub name or folder), or file.py:function, see docs/ppo.md. None: the toy's."""
+    """Classifier (hub name, folder), or file.py:function (see docs/ppo.md). None: the toy's."""
     remove_unused_columns: bool = True
-    """Leave the dataset's other columns out of the batch; a reward's metadata has them."""
+    """Leave the dataset's other columns out of the batch. A reward's metadata always has them."""
     tracker_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
     """Arguments for the tracker's init, such as {"wandb": {"name": "try 7"}}."""
     accelerator_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class PPOConfig(machinery.LoadingFlags):
     adap_kl_ctrl: bool = True
     """Adapt the KL coefficient to target. False: keep it at init_kl_coef."""
     init_kl_coef: float = 0.2
-    """Initial KL coefficient, beta."""
+    """Initial KL coefficient, beta. 0 stays 0, and the score is all of the reward."""
     kl_penalty: Literal["kl", "abs", "mse", "full"] = "kl"
     """Per token: log ratio, its absolute value, half its square, or the exact KL."""
     target: float = 6
@@ -257,6 +258,8 @@ class PPOConfig(machinery.LoadingFlags):
                 f"mini_batch_size={math.gcd(self.batch_size, self.mini_batch_size)} and "
                 "gradient_accumulation_steps=1")
         machinery.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
+        if self.use_score_norm and not self.use_score_scaling:
+            warnings.warn("use_score_norm has no effect without use_score_scaling", stacklevel=3)
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise InputError("push_to_hub_if_best_kwargs: add the repo_id to push to")
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
@@ -288,7 +291,7 @@ def gae(values, rewards, mask, gamma, lam):
     """Estimate advantages and returns [B, L] by generalized advantage estimation.
 
         delta_t = R_t + gamma V_{t+1} - V_t                   (Schulman et al. 2016, section 3)
-        A_t     = delta_t + gamma lam A_{t+1}                 (eq. 16, as a recursion)
+        GAE_t   = delta_t + gamma lam GAE_{t+1}               (eq. 16, as a recursion)
 
     values, rewards, mask [B, L]."""
     advantages = torch.zeros_like(values)
@@ -310,7 +313,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     ratio = torch.exp(logprobs - old_logprobs)
     pg_losses = -advantages * ratio
     pg_losses2 = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
-    loss = masked_mean(torch.max(pg_losses, pg_losses2), mask)
+    loss = masked_mean(torch.max(pg_losses, pg_losses2), mask)  # max(-a, -b) = -min(a, b)
     return loss, ratio, (pg_losses2 > pg_losses).float()
 
 
@@ -335,7 +338,7 @@ class AdaptiveKLController:
         self.value, self.target, self.horizon = init_kl_coef, target, horizon  # value: beta
 
     def update(self, current, n_steps):
-        """Adapt beta to the current KL per response of n_steps samples."""
+        """Adapt beta to the mean KL per response (`current`) of these n_steps samples."""
         error = min(max(current / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon
 
@@ -360,9 +363,9 @@ class PPOTrainer(machinery.LoopTrainer):
             scores = [torch.tensor(my_reward(tokenizer.decode(r))) for r in responses]
             stats = trainer.step(batch["input_ids"], responses, scores)
 
-    Call every method on every rank. The constructor is in Part 2. It makes `self.policy`, a model
-    with a value head for passes without gradient, and `self.model`, the same weights as accelerate
-    wraps them, for passes with gradient."""
+    Call every method on every rank. The constructor (Part 2) makes `self.model`, a model with a
+    value head as accelerate wraps it, for passes with gradient. `self.policy` has the same weights,
+    without the wrapper, for passes without gradient."""
 
     def step(self, queries, responses, scores, response_masks=None):
         """Run one PPO update on B scored responses. Returns statistics over all ranks, as NumPy.
@@ -380,8 +383,8 @@ class PPOTrainer(machinery.LoopTrainer):
         self.push_if_best(raw_scores)  # they are the scores of the policy before this update
 
         # 1. Old policy and reference: log-probabilities, values, mask of response tokens, [B, L]
-        #    each; for kl_penalty "full" also the KL, which needs all logits
-        old_logprobs, ref_logprobs, values, masks, *full_kl = self.evaluate_responses(
+        #    each. full_kl is empty; for kl_penalty "full" it holds the KL, which needs all logits
+        old_logprobs, ref_logprobs, old_values, masks, *full_kl = self.evaluate_responses(
             queries, responses, response_masks)
         clock.lap("forward_pass")
 
@@ -391,21 +394,21 @@ class PPOTrainer(machinery.LoopTrainer):
         clock.lap("compute_rewards")
 
         # 3. Advantages and returns
-        values, advantages, returns = self.compute_advantages(values, rewards, masks)
+        old_values, advantages, returns = self.compute_advantages(old_values, rewards, masks)
         clock.lap("compute_advantages")
 
         # 4. Epochs of minibatches: forward, loss, backward; then an optimizer step
-        batch = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": values,
+        batch = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "values": old_values,
                  "advantages": advantages, "returns": returns}
         train_stats = []
-        self.model.train()
-        self.stepper.zero_grad()  # gradients left by an update that raised
+        self.model.train()  # gradient checkpointing needs it; dropout is off
+        self.stepper.zero_grad()  # an update that raised may have left gradients
         for epoch, step_rows in self.shuffled_rows(len(queries)):
             # the loss is the mean over the tokens of this optimizer step, on all ranks
             step_tokens = self.sum_over_ranks(masks[step_rows].sum())
             minibatches = common.split(step_rows, config.mini_batch_size)
             for i, rows in enumerate(minibatches):
-                # ranks exchange gradients once, with the last; those that share weights, each time
+                # DDP averages the ranks' gradients in the last minibatch only, FSDP 2 in each
                 exchange = i + 1 == len(minibatches) or self.accelerator.is_fsdp2
                 with nullcontext() if exchange else self.accelerator.no_sync(self.model):
                     inputs = self.select(rows, queries, responses, response_masks)
@@ -416,9 +419,9 @@ class PPOTrainer(machinery.LoopTrainer):
                     loss_p, loss_v, stats = self.loss(
                         **minibatch, logprobs=logprobs, logits=logits, vpreds=vpreds, mask=mask)
                     del logits  # the largest tensor: free it before the backward pass
-                    # accelerate averages gradients over ranks; times world_size it is their sum
+                    # times world_size, since accelerate averages the gradients over ranks
                     weight = mask.sum() * config.world_size / step_tokens
-                    self.accelerator.backward((loss_p + loss_v) * weight)
+                    self.accelerator.backward((loss_p + loss_v) * weight)  # loss_v includes c_V
                 train_stats.append({**stats, "mask": mask, "epoch": epoch})
             stop = self.has_moved_too_far(train_stats)
             self.optimizer_step(train_stats[-len(minibatches):], skip=stop)
@@ -430,7 +433,7 @@ class PPOTrainer(machinery.LoopTrainer):
         stats = self.record_step_stats(
             kl_coef=self.kl_ctl.value, scores=scores, raw_scores=raw_scores, logprobs=old_logprobs,
             ref_logprobs=ref_logprobs, non_score_reward=non_score_rewards, masks=masks,
-            queries=queries, responses=responses, values=values, returns=returns,
+            queries=queries, responses=responses, values=old_values, returns=returns,
             train_stats=train_stats)
         clock.lap("calc_stats")
         self.kl_ctl.update(stats["objective/kl"].item(), len(queries) * config.world_size)
@@ -442,7 +445,7 @@ class PPOTrainer(machinery.LoopTrainer):
 
         For kl_penalty "full" also its penalties [B, L], since whole log-softmaxes are too large to
         keep. Without gradient, in batches of similar length."""
-        self.policy.eval()  # as it samples, and as the reference is; `step` sets training mode
+        self.policy.eval()  # as in sampling, and as the reference; `step` sets train mode again
         is_full = self.config.kl_penalty == "full"
         lengths = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
         results = [None] * len(queries)
@@ -473,17 +476,17 @@ class PPOTrainer(machinery.LoopTrainer):
         temperature), values [B, L] and the mask [B, L] of response tokens. Column 0 is the first
         response token (of an encoder-decoder: the first after the start token).
         model_inputs: what `prepare_model_inputs` makes of queries and responses."""
-        if is_padded_left(model_inputs):  # positions would be counted from the padding
+        if is_padded_left(model_inputs):  # by a caller: positions would count from the padding
             model_inputs = self.prepare_model_inputs(queries, responses)
         if self.config.is_encoder_decoder:
             ids = model_inputs["decoder_input_ids"]                                    # [B, T]
-            first = 1  # the decoder's start token is not part of the response
+            start_tokens = 1  # the decoder's start token is not part of the response
             starts = [0 for _ in queries]
         else:
             ids = model_inputs["input_ids"]                                            # [B, T]
-            first = 0
+            start_tokens = 0
             starts = [len(query) - 1 for query in queries]
-        lengths = [len(response) - first for response in responses]
+        lengths = [len(response) - start_tokens for response in responses]
         # column t predicts token t + 1: the prompt's last token predicts the first of the response
         column = torch.arange(ids.shape[1], device=ids.device)
         start, length = ids.new_tensor(starts)[:, None], ids.new_tensor(lengths)[:, None]
@@ -492,18 +495,19 @@ class PPOTrainer(machinery.LoopTrainer):
 
         # only the N hidden states that predict a response token reach the output layer
         with only_logits_of(model, predicts_response), self.accelerator.autocast():
-            logits, _, values = model(**model_inputs)                 # [N, vocabulary], [B, T]
+            logits, _, values = model(**model_inputs)           # [N, vocabulary], None, [B, T]
         if self.config.temperature != 1.0:
             logits = logits / self.config.temperature
-        logprobs, values = logprobs_from_logits(logits, labels), values[predicts_response]  # [N]
+        logprobs = logprobs_from_logits(logits, labels)                                # [N]
+        values = values[predicts_response]                                             # [N]
 
-        def to_rows(x):  # [N, ...] -> [B, L, ...]: the N tokens stand row by row
+        def to_rows(x):  # [N, ...] -> [B, L, ...]: the N tokens are in the order of the rows
             return pad_sequence(x.split(lengths), batch_first=True)
 
         if response_masks is None:
             mask = to_rows(torch.ones_like(labels))
         else:
-            masks = [(response_mask[first:] != 0).long() for response_mask in response_masks]
+            masks = [(row[start_tokens:] != 0).long() for row in response_masks]
             mask = pad_sequence(masks, batch_first=True)
         logits = to_rows(logits) if return_logits else None
         return to_rows(logprobs) * mask, logits, to_rows(values) * mask, mask
@@ -539,7 +543,9 @@ class PPOTrainer(machinery.LoopTrainer):
              ref_logprobs=None):
         """Compute the policy loss, vf_coef x value loss, and statistics of a minibatch.
 
-        All [B, L], but logits [B, L, vocabulary]. ref_logprobs is for a KL term in the loss.
+        All [B, L], but logits [B, L, vocabulary]. values: V_old; vpreds: V, the new predictions.
+        ref_logprobs is not used: a fork can add a KL term to the loss with it. Losses are means
+        over the minibatch's tokens; another mean (over responses) needs another weight in `step`.
         If the mean ratio over all ranks is above ratio_threshold, both losses are 0, and
         `optimizer_step` skips the step. Raises InputError for a loss that is not finite."""
         config = self.config
@@ -550,7 +556,7 @@ class PPOTrainer(machinery.LoopTrainer):
         with torch.no_grad():
             log_ratio = logprobs - old_logprobs
             per_token = {
-                # row by row: of all rows at once it would take as much memory again
+                # one row at a time: for all rows at once it would double the logits' memory
                 "policy/entropy": torch.stack([entropy_from_logits(row) for row in logits]),
                 # three estimates of KL(pi_old || pi)
                 "policy/approxkl": 0.5 * log_ratio**2,       # biased, never negative
@@ -609,7 +615,7 @@ class PPOTrainer(machinery.LoopTrainer):
         return bool(kl / tokens > 1.5 * self.config.target_kl)
 
     def optimizer_step(self, minibatch_stats, skip=False):
-        """Clip the gradient of these minibatches and step, or skip; then free the gradient."""
+        """Clip the gradient and step, unless `skip` or a minibatch was skipped; then free it."""
         skip = skip or any(stats["policy/skipped"] for stats in minibatch_stats)
         if not skip and self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -699,6 +705,10 @@ class PPOTrainer(machinery.LoopTrainer):
                                  "--bf16 for speed")
         ranks = config.world_size = self.accelerator.num_processes
         config.global_batch_size = config.batch_size * ranks
+        if config.adap_kl_ctrl and config.global_batch_size >= 5 * config.horizon:
+            raise InputError(f"horizon={config.horizon}: one update of {config.global_batch_size} "
+                             "samples could make the KL coefficient 0 or negative; give more than "
+                             f"{config.global_batch_size / 5:g}")
         config.global_backward_batch_size = config.backward_batch_size * ranks
         config.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         config.is_peft_model = model.is_peft_model
@@ -1049,7 +1059,7 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
         self.kl_ctl.value = state["kl_coef"]
         vars(self.running).update(state["running"])
         if self.dataloader is not None:
-            self.dataloader.sampler.continue_after(self.current_step, self.config.batch_size)
+            self.dataloader.sampler.continue_after(self.current_step, self.dataloader.batch_size)
 
     def drop_frozen(self, models, weights, folder):
         """Leave weights that do not train out of a checkpoint: LoRA's base is as it was loaded."""

@@ -16,29 +16,30 @@ sigmoid(r_c - r_r). The loss of a pair is
 
 with the pair's margin m, the fraction eps of pairs labeled the wrong way round
 (`label_smoothing_factor`), and the weight lambda of the centering (`center_rewards_coefficient`).
-By default all three are 0, and L = -log sigmoid(r_c - r_r). (The margin keeps its sign in the eps
-term.) L depends on differences only, so any function of the prompt can be added to the scores; the
-centering pins it. Texts are scored as they are given, chats as their template writes them.
+By default all three are 0, and L = -log sigmoid(r_c - r_r). The eps term uses the same d: its
+margin keeps its sign. Without the centering, L depends on r_c - r_r only, so a function of the
+prompt, added to both scores, changes nothing; the centering removes this freedom. Texts are scored
+as they are given, chats as their template writes them.
 
 transformers.Trainer calls `compute_loss`. Per optimizer step it does
 
     for batch in micro_batches:
-        loss = compute_loss(model, batch) / len(micro_batches)
+        loss = compute_loss(model, batch, num_items_in_batch=pairs) / len(micro_batches)
         loss.backward()
     clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step(); scheduler.step()
     model.zero_grad()
 
-Start reading at `RewardTrainer.compute_loss`. Part 1 is the algorithm, Part 2 the machinery around
-it.
+Start reading at `preference_loss`, the formula, then `RewardTrainer.compute_loss`, the update. Part
+1 is the algorithm, Part 2 the machinery around it.
 
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. The texts of a large batch go through the model in groups of similar length: the same numbers
-     with less padding. Padding is on the right.
+     (up to rounding) with less padding. Padding is on the right.
   2. Padding is a token that ends no text (see chats.prepare_classifier_tokenizer), so training and
      use read a decoder's score at the same last token, also of texts that end with the end token.
-  3. Each pair has its own margin. TRL subtracts margins [B] from differences [B, 1], which compares
-     each pair with all margins. Ties count neither as right nor as wrong.
+  3. Each pair has its own margin. In TRL, differences [B, 1] minus margins [B] give [B, B]: each
+     difference minus every margin. Ties count neither as right nor as wrong.
   4. Rows may be texts or chats; the last `max_length` tokens of longer ones are kept. Rewards,
      accuracy and `rewards/margins` (TRL's name for the mean of r_c - r_r) are logged in training
      too, over all ranks.
@@ -83,7 +84,7 @@ from common import TOY, InputError, check_finite, explain
 
 SIDES = ("chosen", "rejected")
 COLUMNS = [f"{kind}_{side}" for side in SIDES for kind in ("input_ids", "attention_mask")]
-SPLIT_FROM = 8  # pairs per batch from which on its texts run in four groups of similar length
+SPLIT_FROM = 8  # the texts of 8 pairs or more run in four groups of similar length
 
 
 # =============================================================================
@@ -196,8 +197,9 @@ def stack_texts(inputs, pad_token_id):
 
     Padding is on the right, whatever the batch's side. Raises InputError for an empty text."""
     def stack(kind, fill):
-        sides = [inputs[f"{kind}_{side}"].T for side in SIDES]  # pad_sequence pads dimension 0
-        return pad_sequence(sides, padding_value=fill).permute(1, 2, 0).flatten(0, 1)
+        sides = [inputs[f"{kind}_{side}"].T for side in SIDES]    # [T, B] each, for pad_sequence
+        padded = pad_sequence(sides, padding_value=fill)          # [T, 2, B]
+        return padded.permute(1, 2, 0).flatten(0, 1)              # [2B, T]
 
     mask = stack("attention_mask", 0)
     ids = stack("input_ids", pad_token_id).masked_fill(mask == 0, pad_token_id)
@@ -205,6 +207,7 @@ def stack_texts(inputs, pad_token_id):
     if not lengths.all():
         raise InputError(f"attention_mask=0 (row {lengths.argmin() % (len(lengths) // 2)} of a "
                          "batch): a text has no token; remove the row, or correct its mask")
+    # each row's text first, then its padding: positions start at 0
     padding_last = mask.argsort(dim=1, descending=True, stable=True)
     return ids.gather(1, padding_last), mask.gather(1, padding_last), lengths
 
@@ -232,22 +235,22 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
         chosen, rejected = self.score_pairs(model, inputs)                             # [B] each
 
         # 2. Compare: the chosen text should have the higher score
-        margin = inputs.get("margin", 0.0)                                             # [B]
+        margin = inputs.get("margin", 0.0)                                             # [B], or 0
         smoothing = self.args.label_smoothing_factor
         centering = self.args.center_rewards_coefficient or 0.0
         losses = preference_loss(chosen, rejected, margin, smoothing, centering)       # [B]
 
-        # 3. Average over all pairs of the optimizer step. Trainer averages over micro-batches and
-        #    DDP over ranks, so divide by the mean number of pairs per micro-batch, not by B
+        # 3. Average over all pairs of the optimizer step. Trainer divides by the number of
+        #    micro-batches and DDP by the number of ranks, so divide here by the mean of their B
         mean_pairs = len(losses)
         if num_items_in_batch is not None:
             micro_batches = self.current_gradient_accumulation_steps
             mean_pairs = num_items_in_batch / (micro_batches * self.accelerator.num_processes)
         loss = losses.sum() / mean_pairs
 
-        # 4. Add up the scores for the next line of the log
+        # 4. Stop if the loss is not finite, and sum the scores for the next line of the log
         if model.training:
-            check_finite(loss, self.state.global_step)  # before it reaches a weight
+            check_finite(loss, self.state.global_step)
             self.train_sums += sum_pairs(chosen, rejected, losses)
         if not return_outputs:
             return loss
@@ -256,12 +259,11 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
     def score_pairs(self, model, inputs):
         """Compute the scores of the chosen and of the rejected texts, [B] each.
 
-        Texts of similar length share a forward pass: with mixed lengths a quarter of the work less.
-        In one pass both texts of a pair are neighbors. What moves all scores alike, such as the
-        last norm's bias, then gets a gradient of exactly 0, not a rounding error, of which Adam
-        would make a step. (Such a step changes no difference of scores.)"""
+        Texts of similar length share a forward pass. With mixed lengths this saves a quarter of the
+        work."""
         input_ids, attention_mask, lengths = stack_texts(inputs, self.tokenizer.pad_token_id)
-        # each pass would gather the sharded weights
+        # one pass if the weights are sharded: each pass would gather them again. A pair's texts are
+        # neighbors, so that gradients of what moves all scores alike cancel without rounding
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if len(lengths) < 2 * SPLIT_FROM or is_sharded:
             groups = [torch.arange(len(lengths)).view(2, -1).T.flatten()]  # c_1, r_1, c_2, r_2, ...
@@ -285,7 +287,7 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
             for kind in ("input_ids", "attention_mask"):
                 batch[kind] = torch.cat([batch[f"{kind}_{side}"].flatten() for side in SIDES])
         pairs = sum(len(batch["input_ids_chosen"]) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(pairs, device=device))
+        return batches, self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
 
     # =========================================================================
     # Part 2, the machinery: nothing below is needed to understand the algorithm.
@@ -420,7 +422,7 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
     def log(self, logs, start_time=None):
         """Log Trainer's line; in training with the rewards since the last line, over all ranks."""
         if "loss" in logs and self.train_sums[0] > 0:
-            averages = average_pairs(self.accelerator.reduce(self.train_sums))
+            averages = average_pairs(self.accelerator.reduce(self.train_sums, "sum"))
             logs.update({**averages, "loss": logs["loss"]})
             self.train_sums.zero_()
         super().log(logs, start_time)
@@ -430,7 +432,8 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
         inputs["input_ids"] = inputs["input_ids_chosen"]  # for include_for_metrics
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        results = torch.stack(list(outputs.values()), dim=1)                           # [B, 3]
+        names = ("rewards_chosen", "rewards_rejected", "losses")
+        results = torch.stack([outputs[name] for name in names], dim=1)                # [B, 3]
         self.eval_sums += sum_pairs(*self.accelerator.gather_for_metrics(results).T)
         if prediction_loss_only:
             return loss, None, None
@@ -455,7 +458,7 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
 
 
 def sum_pairs(chosen, rejected, losses):
-    """Sum over pairs [6]: their number, loss, both scores, how many are no ties, and are right.
+    """Sum over pairs [6]: number, loss, chosen and rejected score, decided and right pairs.
 
     chosen, rejected, losses [B]."""
     columns = [torch.ones_like(losses), losses, chosen, rejected,
@@ -633,7 +636,7 @@ def show_samples(trainer, samples, title):
 def main(config: ScriptConfig):
     """Train a reward model on pairs of a chosen and a rejected text.
 
-    Returns the metrics of the last evaluation."""
+    Returns the metrics of the last evaluation; without an evaluation set, those of training."""
     out, checkpoint = machinery.start_run(config)
     name = config.model_name or str(TOY / "blank_reward")
     with explain(f"model_name={name} can't be loaded"):
@@ -650,7 +653,7 @@ def main(config: ScriptConfig):
     if not checkpoint and not will_be_sharded:
         show_samples(trainer, samples, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if held_out:
+    if held_out is not None:
         metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, samples, "after training")
     trainer.save_model(str(out))

@@ -10,8 +10,8 @@ log-likelihood, in nats per token, over the tokens in the loss, whose mask m_t i
     L = - sum_t m_t log p(y_t | y_<t) / sum_t m_t
 
     a row                         its tokens in the loss
-    a text                        all but the first, and the end token
-    a prompt and its completion   the completion, and the end token
+    a text                        every token after the first, the end token included
+    a prompt and its completion   the completion, its end token included
     a chat                        all turns; with `assistant_only_loss` the assistant's turns
 
 With `--neftune-noise-alpha`, Trainer adds noise to the embeddings in training (T tokens, padding
@@ -19,8 +19,8 @@ included, of D dimensions; Jain et al. 2023, algorithm 1):
 
     embeddings + U(-1, 1) alpha / sqrt(T D)
 
-Start reading at `SFTTrainer.compute_loss`, five numbered steps. Part 1 is the algorithm, Part 2 the
-machinery around it.
+Start reading at the loop in the docstring of `SFTTrainer`, which Trainer runs; then `compute_loss`,
+its five numbered steps. Part 1 is the algorithm, Part 2 the machinery around it.
 
 The API, defaults and metrics follow TRL 0.7.10. Differences:
   1. A text that is not truncated ends with one end token, and the end token is in the loss.
@@ -28,12 +28,14 @@ The API, defaults and metrics follow TRL 0.7.10. Differences:
   2. Packed documents do not see each other: positions restart at 0, so the loss is that of separate
      rows. A model that cannot keep documents apart is refused.
   3. The mean is over the tokens of the whole optimizer step, however they are split into
-     micro-batches and ranks. `eval_loss` is the mean over all tokens of the evaluation set.
+     micro-batches and ranks (unless average_tokens_across_devices is False). `eval_loss` is the
+     mean over all tokens of the evaluation set, label smoothing included.
   4. Rows are texts, prompts with completions, chats or token ids, in memory or streamed.
-  5. Rows without a token in the loss are dropped and counted. It is an error if no row is left.
+  5. Rows without a token in the loss are dropped, and counted unless they are streamed or packed.
+     It is an error if no row is left.
   6. Logits are computed only for the tokens in the loss.
-  7. Texts stay texts: a prompt and completion in plain text do not go through the chat template
-     that the tokenizer may have (as 0.7.10 sends them). Give chats to use it.
+  7. A prompt and its completion in plain text do not go through the tokenizer's chat template; in
+     0.7.10 they do. Give chats to use it.
   8. DataCollatorForCompletionOnlyLM pads on the tokenizer's side, but in SFTTrainer on the right.
 
     torchrun sft.py                                        one process, the toy model
@@ -143,19 +145,19 @@ class SFTConfig(machinery.TrainerFlags, machinery.LoadingFlags, machinery.SFTArg
 
 
 # ----------------------------------------------------------------------------- mathematics
-# Letters in shapes: B rows, T tokens of the longest row, T' of an encoder-decoder's longest answer,
-# N tokens in the loss, V entries of the vocabulary.
+# Letters in shapes: B rows, T tokens of the longest row, N tokens in the loss, V entries of the
+# vocabulary, T' tokens of an encoder-decoder's longest completion.
 def next_tokens(labels):
     """Shift labels [B, T] by one: each position's target is the next label, the last has none."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0):
-    """Compute -log p(target) [N] in float32 (nats) from logits [N, V] and targets [N].
+    """Compute the cross-entropy [N] in float32 (nats) from logits [N, V] and targets [N].
 
-    label_smoothing: this fraction of the target's probability is spread over the vocabulary
-    (Szegedy et al. 2015)."""
-    # in slices, so that only one slice of the logits has a float32 copy
+    It is -log p(target), unless label_smoothing spreads this fraction of the target's probability
+    over the vocabulary (Szegedy et al. 2015)."""
+    # in slices: only one slice at a time is copied to float32, next to its float32 log-softmax
     slices = zip(logits.split(SLICE), targets.split(SLICE), strict=True)
     return torch.cat([
         F.cross_entropy(z.float(), y, reduction="none", label_smoothing=label_smoothing)
@@ -170,7 +172,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
                              tokenizer=tokenizer)
         trainer.train()
 
-    Its loop, for each optimizer step:
+    For each optimizer step, Trainer.train does
 
         micro_batches, tokens = get_batch_samples(...)
         for micro_batch in micro_batches:
@@ -178,10 +180,10 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
         clip the gradient, optimizer.step(), lr_scheduler.step(), optimizer.zero_grad()
     """
 
-    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of all micro-batches
+    loss_is_scaled_for_ga = True  # Trainer must not divide by the number of micro-batches
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Take the micro-batches of one optimizer step, and count its tokens in the loss."""
+        """Return the micro-batches of one optimizer step, and its number of tokens in the loss."""
         batches = list(islice(epoch_iterator, num_batches))
         tokens = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
@@ -211,30 +213,32 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
             inputs["decoder_input_ids"] = (
                 language_model.prepare_decoder_input_ids_from_labels(labels))
 
-        # 2. Forward pass: logits [N, V] of the N positions in the loss
+        # 2. Forward pass: logits [N, V] of the N positions in the loss. The output layer runs at
+        #    these alone, unless the caller wants the outputs, with all logits
         selection = nullcontext() if return_outputs else only_logits_of(language_model, loss_mask)
         with selection:
             outputs = model(**inputs, use_cache=False)
         logits = outputs.logits
-        if return_outputs:
-            logits = logits[loss_mask]
+        if return_outputs:  # prompt tuning puts virtual tokens before those of the text
+            logits = logits[:, -targets.shape[1]:][loss_mask]
 
-        # 3. Negative log-likelihood of each token [N]; eval_loss is the mean of these
+        # 3. Loss of each token [N]: its negative log-likelihood, smoothed if asked. eval_loss is
+        #    the mean of these
         nll = cross_entropy(logits, targets[loss_mask], self.args.label_smoothing_factor)
 
-        # 4. Mean over the tokens of the optimizer step: each counts the same in any micro-batch.
-        #    Another loss per token takes the place of nll here
+        # 4. Mean over the tokens of the optimizer step, whatever micro-batch they are in. To try
+        #    another loss per token, replace nll here
         tokens = len(nll) if num_items_in_batch is None else num_items_in_batch
         loss = nll.sum() / max(tokens, 1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages the ranks' gradients
 
-        # 5. A mixture of experts adds its own loss, which balances the load of the experts
+        # 5. Add a mixture of experts' loss that balances their load: its mean over micro-batches
         if model.training and outputs.get("aux_loss") is not None:
             weight = language_model.config.router_aux_loss_coef
             loss = loss + weight * outputs.aux_loss / self.current_gradient_accumulation_steps
 
-        # Bookkeeping
+        # Stop at a loss that is not finite; add an evaluation's losses to its mean
         if model.training:
             check_finite(loss, self.state.global_step)
         else:
@@ -391,6 +395,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
         options = machinery.map_options(self.args, rows, self.num_proc)
         with self.args.main_process_first(), explain(f"{name} can't be tokenized", place=name):
             tokens = self.tokenize(rows, first, self.max_seq_length)
+            # a decoder does not predict a row's first token
             start = {"start": int(not self.seq2seq)}
             kept = tokens.filter(has_label, fn_kwargs=start, **options)
         if isinstance(rows, Dataset):
@@ -398,7 +403,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
         return kept.remove_columns("is_truncated")
 
     def first_rows(self, rows, name):
-        """Return the first two rows. If they are chats, the model ends where the template does.
+        """Return the first two rows. For chats, add the template's end tokens to the model's own.
 
         Raises InputError if there is no row."""
         first = list(islice(iter(rows), 2))
@@ -565,7 +570,7 @@ def encode(row, tokenizer, dataset_text_field=None, add_special_tokens=True,
 
 
 def encode_text(text, tokenizer, end_id, add_special_tokens):
-    """Encode a text: all of it is in the loss, and its end."""
+    """Encode a text: all of it is in the loss, its end token included."""
     if not isinstance(text, str):
         raise TypeError(f"{text!r} is neither a text nor a chat")
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
@@ -615,7 +620,7 @@ def join_completion(prompt, completion):
 def encode_chat(messages, tokenizer, row, assistant_only_loss):
     """Encode a chat with the tokenizer's template, which writes its own special tokens.
 
-    In the loss is all of it, or only the assistant's turns and their ends."""
+    All tokens are in the loss, or only the assistant's turns and their ends."""
     ids, mask = tokenize_chat(tokenizer, messages, row) if messages else ([], [])
     if not assistant_only_loss:
         return ids, None
@@ -650,7 +655,7 @@ def with_end(ids, end_id):
 
 
 def with_one_bos(ids, tokenizer):
-    """Drop a first token that the text of a rendered chat has, too: BOS twice."""
+    """Drop the first of two BOS tokens: the tokenizer's, if a rendered chat's text has its own."""
     bos = tokenizer.bos_token_id
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
@@ -716,7 +721,8 @@ def tokenize(batch, numbers, max_length, completions=None, **options):
     completions: a DataCollatorForCompletionOnlyLM that chooses the labels."""
     encoded = encode_rows(rows_of(batch), numbers[0], **options)
     input_ids = [ids[:max_length] for ids, _ in encoded]
-    is_truncated = [len(kept) < len(ids) for kept, (ids, _) in zip(input_ids, encoded, strict=True)]
+    lengths = [max(len(ids), len(row_labels or [])) for ids, row_labels in encoded]
+    is_truncated = [max_length is not None and length > max_length for length in lengths]
     labels = [row_labels for _, row_labels in encoded]
     if completions:
         labels = [completions.labels(ids, IGNORE) for ids in input_ids]
@@ -793,7 +799,7 @@ class ConstantLengthDataset(torch.utils.data.IterableDataset):
 
     def pack_rows(self, rng):
         """Yield rows: lists of (token id, label, whether a document begins here)."""
-        remainder = []  # of a buffer, less than a row
+        remainder = []  # tokens that do not fill a row yet
         while True:
             for documents in self.encode_buffers():
                 for ids, labels in documents:

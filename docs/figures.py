@@ -5,13 +5,14 @@
 
 The curves are of default runs, one per seed, in runs/NAME-1, runs/NAME-2 and runs/NAME-3, such as
 `torchrun ppo.py --batch-size 256 --seed 2 --output-dir runs/ppo-2`. Without them runs/NAME serves.
-The figures clip and gae need no run.
+The figures dpo_losses, clip, gae, schedule and rloo need no run.
 """
 import json
 import sys
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from plot import draw_curve, draw_level, plt, read_curve, save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,9 +21,12 @@ ROOT = DOCS.parent
 TOY = ROOT / "toy"
 sys.path[:0] = [str(ROOT), str(TOY)]  # where the trainers and make.py are
 
+import frontier  # noqa: E402
 import make  # noqa: E402
 
 from common import AutoModelForCausalLMWithValueHead  # noqa: E402
+from ddpo import DenoisingPolicy  # noqa: E402
+from dpo import preference_losses  # noqa: E402
 from ppo import gae, policy_loss  # noqa: E402
 
 BATCH = 256  # samples per update of ppo.py's default run
@@ -82,14 +86,15 @@ def score_pairs(run):
 
 def reward():
     """Draw what a reward model gives to held-out pairs, and how often it is right."""
-    figure, panels = make_panels("Scores of 500 held-out pairs", "Does it know how sure to be?",
+    figure, panels = make_panels("Scores of the held-out texts", "Does it know how sure to be?",
                                  "The closer the pair, the harder", width=3.9)
     scores, valences = map(torch.cat, zip(*map(score_pairs, find_runs("reward")), strict=True))
     bins = torch.linspace(scores.min(), scores.max(), 40).tolist()
     for side, (label, color) in enumerate((("chosen", GOOD), ("rejected", BAD))):
         panels[0].hist(scores[:, side].tolist(), bins, alpha=0.6, color=color, label=label)
-    panels[0].set(xlabel="score r", ylabel="texts")
-    panels[0].legend(frameon=False)
+    panels[0].margins(y=0.25)  # room for the legend
+    panels[0].set(xlabel="score r (log-odds)", ylabel="texts, of all seeds")
+    panels[0].legend(frameon=False, ncols=2, loc="upper center")
 
     # a pair in either order: the model says p, and the first text is the better one in a part p
     difference = torch.cat([scores[:, 0] - scores[:, 1], scores[:, 1] - scores[:, 0]])
@@ -101,9 +106,11 @@ def reward():
         if group.sum() >= 5:
             said.append(p[group].mean().item())
             seen.append(is_better[group].mean().item())
-    panels[1].plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
-    panels[1].plot(said, seen, marker="o", color=GOOD)
+    panels[1].plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1,
+                   label="exactly as sure as right")
+    panels[1].plot(said, seen, marker="o", color=GOOD, label="reward.py")
     panels[1].set(xlabel="predicted: σ(r₁ − r₂)", ylabel="fraction where text 1 is better")
+    panels[1].legend(frameon=False, fontsize=9, loc="lower right")
 
     margin = (valences[:, 0] - valences[:, 1])
     steps = sorted(set(margin.tolist()))[:12]
@@ -122,12 +129,15 @@ def ppo():
                                  "The controller relaxes β on the way", width=3.9)
     runs = find_runs("ppo")
     draw_curve(panels[0], runs, "objective/scores", BATCH, color=GOOD)
+    draw_level(panels[0], 6.8, "the kindest review there is: 6.8")
     draw_curve(panels[1], runs, "objective/kl", BATCH, color=BAD)
     draw_level(panels[1], 6, "target: 6", below=True)
     draw_curve(panels[2], runs, "objective/kl_coef", BATCH, color=TRUTH)
-    panels[0].set(xlabel="samples", ylabel="mean score")
+    draw_level(panels[2], 0.2, "init_kl_coef: 0.2")
+    panels[0].set(xlabel="samples", ylabel="mean score", ylim=(None, 7.6))
     panels[1].set(xlabel="samples", ylabel="KL (nats per response)")
-    panels[2].set(xlabel="samples", ylabel="β", ylim=(0, 0.21))
+    panels[2].set(xlabel="samples", ylabel="β (score per nat)", ylim=(0, 0.22),
+                  yticks=(0, 0.1, 0.2))
     return figure
 
 
@@ -136,15 +146,16 @@ def clip():
     figure, panels = make_panels("A > 0: raise the probability, at most by ε",
                                  "A < 0: lower it, at most by ε")
     ratio = torch.linspace(0.5, 1.5, 201)
-    for panel, advantage in zip(panels, (1.0, -1.0), strict=True):
+    cases = (1.0, (1.2, 1.5), "lower left"), (-1.0, (0.5, 0.8), "lower right")
+    for panel, (advantage, flat, corner) in zip(panels, cases, strict=True):
         losses = [policy_loss(r.log().view(1, 1), torch.zeros(1, 1), torch.full((1, 1), advantage),
                               torch.ones(1, 1), cliprange=0.2)[0].item() for r in ratio]
         panel.plot(ratio, -advantage * ratio, color="0.6", linestyle=":", label="not clipped: −A ρ")
         panel.plot(ratio, losses, color=GOOD, label="policy_loss, ε = 0.2")
-        for bound in (0.8, 1.2):
-            panel.axvline(bound, color="0.8", linewidth=1)
-        panel.set(xlabel="ratio ρ = π / π_old", ylabel="loss")
-        panel.legend(frameon=False, fontsize=9)
+        panel.axvspan(*flat, color="0.92", label="no gradient")
+        panel.set_xticks([0.6, 0.8, 1, 1.2, 1.4], ["0.6", "1 − ε", "1", "1 + ε", "1.4"])
+        panel.set(xlabel=r"ratio $\rho = \pi / \pi_{old}$", ylabel="loss of a token")
+        panel.legend(frameon=False, fontsize=9, loc=corner)
     return figure
 
 
@@ -160,7 +171,7 @@ def gae_weights():
                    label=f"λ = {lam}")
     panel.set(xlabel="token of the response (the reward 1 comes after the last; all values are 0)",
               ylabel="advantage A")
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, reverse=True, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -193,16 +204,17 @@ def tokens():
     rewards[0, -1] += scores[worst]
     values = values[:, start:-1]
     advantages, _ = gae(values, rewards, torch.ones_like(values), gamma=1.0, lam=0.95)
-    rows = {"log π − log π_ref": kl, "reward R": rewards, "value V": values,
+    rows = {r"$\log \pi - \log \pi_{ref}$": kl, "reward R": rewards, "value V": values,
             "advantage A": advantages}
     words = [tokenizer.decode(token).strip() for token in ids[0, start + 1:]]
-    figure, panel = plt.subplots(figsize=(13, 2.6), layout="constrained")
+    figure, panel = plt.subplots(figsize=(11, 2.9), layout="constrained")
     table = torch.cat(list(rows.values()))
     scale = table.abs().amax(1, keepdim=True)
     panel.imshow(table / scale, cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
     for i, j in [(i, j) for i in range(len(rows)) for j in range(len(words))]:
-        panel.text(j, i, f"{table[i, j]:.1f}", ha="center", va="center", fontsize=8)
-    panel.set_xticks(range(len(words)), words, rotation=40, ha="right", fontsize=9)
+        number = f"{table[i, j]:.1f}".replace("-0.0", "0.0").replace("-", "−")
+        panel.text(j, i, number, ha="center", va="center", fontsize=9)
+    panel.set_xticks(range(len(words)), words, rotation=40, ha="right", fontsize=10)
     panel.set_yticks(range(len(rows)), rows)
     panel.set_title(f"{query} ... (score {scores[worst]:+.1f}, β = {beta:.2f})", fontsize=11)
     return figure
@@ -221,10 +233,31 @@ def dpo():
     draw_curve(panels[2], runs, "logps/chosen", smooth=20, color=GOOD, label="chosen")
     draw_curve(panels[2], runs, "logps/rejected", smooth=20, color=BAD, label="rejected")
     panels[0].set(xlabel="update", ylabel="loss", ylim=(0, None))
-    panels[1].set(xlabel="update", ylabel="accuracy", ylim=(0.5, 1))
+    panels[1].set(xlabel="update", ylabel="accuracy", xlim=(0, None), ylim=(0.5, 1))
     panels[2].set(xlabel="update", ylabel="log π (nats per answer)")
     panels[0].legend(frameon=False)
     panels[2].legend(frameon=False)
+    return figure
+
+
+def dpo_losses():
+    """Draw the losses of `preference_losses` and their gradients against h, for β = 1."""
+    figure, panels = make_panels("The loss of a pair", "How hard the pair pulls")
+    kinds = {"sigmoid (DPO)": {}, "sigmoid, ε = 0.1 (cDPO)": {"label_smoothing": 0.1},
+             "hinge": {"loss_type": "hinge"}, "ipo": {"loss_type": "ipo"}}
+    h = torch.linspace(-4, 4, 401, requires_grad=True)
+    zeros = torch.zeros_like(h)
+    for (label, settings), line in zip(kinds.items(), ("-", "--", "-.", ":"), strict=True):
+        losses = preference_losses(h, zeros, zeros, zeros, beta=1.0, **settings)
+        gradient, = torch.autograd.grad(losses.sum(), h)
+        panels[0].plot(h.detach(), losses.detach(), line, label=label)
+        panels[1].plot(h.detach(), -gradient, line, label=label)
+    draw_level(panels[0], 0.6931, "ln 2")
+    panels[1].axhline(0, color="0.4", linewidth=1)
+    panels[0].set(xlabel="h (nats), with β = 1", ylabel="loss L", ylim=(-0.2, 4))
+    panels[1].set(xlabel="h (nats), with β = 1", ylabel="−dL/dh (below 0 it pulls back)",
+                  ylim=(-0.5, 2))
+    panels[1].legend(frameon=False, fontsize=9, loc="upper right")
     return figure
 
 
@@ -244,6 +277,37 @@ def iterative_sft():
 
 
 # ----------------------------------------------------------------------------- ddpo.py
+def schedule():
+    """Draw what the next latent of ddpo.py's sampler is made of, by `step_distribution`."""
+    figure, panels = make_panels("What the next latent is made of, η = 1",
+                                 "The spread of a decision, by sample_eta")
+    policy = DenoisingPolicy()
+    policy.scheduler = DDIMScheduler.from_pretrained(TOY / "pipeline" / "scheduler")
+    policy.scheduler.set_timesteps(20)
+    t = policy.scheduler.timesteps
+    x = t.tolist()
+    alpha = policy.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    zeros, ones = torch.zeros_like(alpha), torch.ones_like(alpha)
+    # the mean is linear: a latent of 1 without noise, and one of 0 with the noise 1
+    clean, sigma = policy.step_distribution(zeros, t, alpha.sqrt(), eta=1.0)
+    noise, _ = policy.step_distribution(ones, t, (1 - alpha).sqrt(), eta=1.0)
+    parts = [part.flatten() ** 2 for part in (clean, noise, sigma)]
+    panels[0].stackplot(x, *parts, colors=(GOOD, "0.8", BAD))
+    for at, y, color, part in ((330, 0.25, "white", "the clean latent"),
+                               (880, 0.4, "black", "the predicted noise"),
+                               (900, 0.85, "white", "new noise: σ²")):
+        panels[0].text(at, y, part, color=color)
+    for eta in (1.0, 0.5, 0.1):
+        _, sigma = policy.step_distribution(zeros, t, alpha.sqrt(), eta=eta)
+        panels[1].plot(x, sigma.flatten(), marker=".", label=f"η = {eta}")
+    panels[0].set(ylabel="fraction of the variance", ylim=(0, 1))
+    panels[1].set(ylabel="σ, standard deviation", ylim=(0, None))
+    panels[1].legend(frameon=False)
+    for panel in panels:
+        panel.set(xlabel="timestep t, from noise to image", xlim=(x[0] + 10, x[-1] - 10))
+    return figure
+
+
 def cut_grid(run, title, number, columns=8):
     """Return one image of a run's before.png or after.png."""
     grid = plt.imread(Path(run, f"{title}.png"))
@@ -257,20 +321,20 @@ def ddpo():
     runs = find_runs("ddpo")
     samples = read_lines(runs[0], "samples.jsonl")
     count = len(samples) // 2
-    figure = plt.figure(figsize=(12, 4.6), layout="constrained")
+    figure = plt.figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
     panel = left.subplots()
     panel.spines[["top", "right"]].set_visible(False)
     draw_curve(panel, runs, "reward_mean", color=GOOD)
     panel.set_title("The reward rises", fontsize=11)
-    panel.set(xlabel="epoch (16 images each)", ylabel="mean reward")
+    panel.set(xlabel="epoch (32 images each)", ylabel="mean reward", ylim=(0, 1))
     panels = right.subplots(4, 6)
     for number in range(12):
         for title, sample in (("before", samples[number]), ("after", samples[count + number])):
             row, column = divmod(number, 6)
             cell = panels[2 * row + (title == "after"), column]
             cell.imshow(cut_grid(runs[0], title, number))
-            cell.set_xlabel(f"{title}: {sample['reward']:.2f}", fontsize=8, labelpad=1)
+            cell.set_xlabel(f"{title}: {sample['reward']:.2f}", fontsize=9, labelpad=1)
             cell.set_xticks([])
             cell.set_yticks([])
             if title == "before":
@@ -278,8 +342,34 @@ def ddpo():
     return figure
 
 
+# ----------------------------------------------------------------------------- the forks
+def rloo():
+    """Draw how far PPO and RLOO stay below the best possible policy, from frontier.jsonl."""
+    figure, (panel,) = make_panels("How far below the best policy of the same KL? (β in brackets)",
+                                   width=7)
+    groups = frontier.points(frontier.read(DOCS / "frontier.jsonl"))
+    methods = {"PPO": ("C0", "s", (5, -12)), "PPO, λ = 1": ("C1", "D", (14, -9)),
+               "RLOO": ("C2", "^", (-9, 15))}
+    for method, (color, marker, offset) in methods.items():
+        points = {key[1]: rows for key, rows in groups.items() if key[0] == method}
+        kl = [frontier.spread([row["kl"] for row in rows]) for rows in points.values()]
+        gap = [frontier.spread([frontier.optimal_valence(row["kl"]) - row["valence"]
+                                for row in rows]) for rows in points.values()]
+        panel.errorbar([m for m, _ in kl], [m for m, _ in gap], [s for _, s in gap],
+                       [s for _, s in kl], color=color, fmt=marker, label=method, capsize=2)
+        for beta, (x, _), (y, _) in zip(points, kl, gap, strict=True):
+            panel.annotate(f"({beta:g})", (x, y), xytext=offset, color=color,
+                           textcoords="offset points", fontsize=9)
+    draw_level(panel, 0, "the best possible policy")
+    panel.set(xlabel="KL from the initial model (nats per response)",
+              ylabel="valence below the optimum", xlim=(0, None), ylim=(1.5, -0.2))
+    panel.legend(frameon=False, loc="lower right")
+    return figure
+
+
 FIGURES = {"sft": sft, "reward": reward, "ppo": ppo, "clip": clip, "gae": gae_weights,
-           "tokens": tokens, "dpo": dpo, "iterative_sft": iterative_sft, "ddpo": ddpo}
+           "tokens": tokens, "dpo": dpo, "dpo_losses": dpo_losses, "iterative_sft": iterative_sft,
+           "schedule": schedule, "ddpo": ddpo, "rloo": rloo}
 
 
 def main(*names):

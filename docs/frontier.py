@@ -25,9 +25,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
 import torch
 import tyro
+from plot import plt, save
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,9 +41,6 @@ import make  # noqa: E402
 
 import chats  # noqa: E402
 from ppo import kl_penalty  # noqa: E402
-
-matplotlib.use("Agg")  # write files, open no window
-from matplotlib import pyplot as plt  # noqa: E402
 
 INTENSITIES = list(make.INTENSITY.values())
 PROMPTS = [f"{opening}the {aspect} was" for opening in make.OPENINGS for aspect in make.ASPECTS]
@@ -366,8 +363,7 @@ def draw(rows, image):
     panels["legend"].axis("off")
     panels["legend"].legend(*panel.get_legend_handles_labels(), loc="center", fontsize=11,
                             title="the axis of KL is logarithmic from 10 on")
-    plt.rcParams["svg.hashsalt"] = "frontier"  # the same rows give the same file
-    figure.savefig(image, metadata={"Date": None} if image.suffix == ".svg" else {}, dpi=100)
+    save(figure, image)
 
 
 def main(quick: bool = False, workers: int = 2, results: Path | None = None,

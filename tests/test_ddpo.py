@@ -1198,6 +1198,7 @@ def test_a_value_that_no_run_can_use_is_one_sentence(fields, words):
 
 @pytest.mark.parametrize("fields, words", [
     ({"sample_num_steps": 1001}, "sample_num_steps=1001.* 1000 timesteps"),
+    ({"sample_num_steps": 1000}, "sample_num_steps=1000.* at most 999"),  # each is shifted by 1
     ({"accelerator_kwargs": {"gpu": True}}, "accelerator_kwargs=.*no argument gpu"),
     ({"project_kwargs": {"folder": "x"}}, "project_kwargs=.*no argument folder")])
 def test_what_the_scheduler_or_accelerate_can_not_do_is_one_sentence(fields, words, make_trainer):

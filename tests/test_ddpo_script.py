@@ -123,8 +123,8 @@ def test_the_change_is_printed_per_image_with_its_standard_error(tmp_path, capsy
     error = statistics.stdev(change) / 3**0.5
     lines = [line for line in capsys.readouterr().out.splitlines() if "training:" in line]
     assert [line.split()[0] for line in lines] == ["before", "after"]
-    assert "per image" not in lines[0]
-    assert f"change per image {mean:+.3f} ± {error:.3f}" in lines[1]
+    assert "mean change" not in lines[0]
+    assert f"mean change {mean:+.3f}, standard error {error:.3f}" in lines[1]
 
 
 def test_metrics_hold_a_line_per_epoch(finished_run):

@@ -101,8 +101,8 @@ def draw(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     for name in ("plot.py", "figures.py"):
         shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
-    for path in (*ROOT.glob("*.py"), ROOT / "toy"):
-        (tmp_path / path.name).symlink_to(path)
+    for path in (*ROOT.glob("*.py"), ROOT / "toy", ROOT / "docs" / "frontier.py"):
+        (tmp_path / path.relative_to(ROOT)).symlink_to(path)
 
     def draw(*names):
         with pytest.MonkeyPatch.context() as patch:
@@ -131,6 +131,28 @@ def test_the_advantages_of_a_reward_at_the_end_decay_with_lambda(draw):
         assert line.get_ydata()[-3] == pytest.approx(lam ** 2, abs=1e-6)
 
 
+def test_the_losses_of_a_pair_and_their_forces_at_the_start(draw):
+    losses, forces = ([line.get_ydata()[200] for line in panel.lines[:4]]  # at h = 0
+                      for panel in draw("dpo_losses"))
+    assert losses == pytest.approx([math.log(2), math.log(2), 1, 1 / 4])
+    assert forces == pytest.approx([1 / 2, 0.9 / 2 - 0.1 / 2, 1, 1])
+
+
+def test_the_next_latent_is_made_of_three_parts_that_add_up_to_1(draw):
+    parts, spread = draw("schedule")
+    full, half, tenth = (line.get_ydata() for line in spread.lines)
+    assert tenth == pytest.approx(full / 10) and half == pytest.approx(full / 2)
+    edges = parts.collections[2].get_paths()[0].vertices[:, 1]  # of the new noise, the uppermost
+    assert [edges.min(), edges.max()] == pytest.approx([1 - full.max() ** 2, 1])
+
+
+def test_the_distance_of_a_fork_from_the_optimum_is_a_mean_over_seeds(draw, tmp_path):
+    row = {"method": "RLOO", "beta": 1, "stage": 30, "kl": 0.0}  # where the optimum is -1.5
+    write(tmp_path / "docs" / "frontier.jsonl", [{**row, "valence": -2.0}, {**row, "valence": -3}])
+    panel, = draw("rloo")
+    assert panel.containers[2].lines[0].get_xydata().tolist() == [pytest.approx([0, 1], abs=1e-4)]
+
+
 def test_the_curves_of_ppo_are_over_samples(draw, tmp_path):
     keys = {"objective/scores": 1.0, "objective/kl": 5.0, "objective/kl_coef": 0.2}
     for seed in (1, 2, 3):
@@ -138,7 +160,7 @@ def test_the_curves_of_ppo_are_over_samples(draw, tmp_path):
               [{"update": 1, **keys}, {"update": 2, **keys, "objective/scores": seed}])
     score, kl, beta = draw("ppo")
     assert score.lines[0].get_xydata().tolist() == [[256, 1], [512, 2]]  # the mean of 1, 2, 3
-    assert kl.lines[1].get_ydata() == [6, 6]
+    assert kl.lines[1].get_ydata() == [6, 6] and beta.lines[1].get_ydata() == [0.2, 0.2]
 
 
 def test_the_losses_of_dpo_and_sft_are_drawn_with_what_they_are_about(draw, tmp_path):

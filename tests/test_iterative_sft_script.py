@@ -526,6 +526,10 @@ def test_a_run_killed_right_after_a_checkpoint_has_lost_no_line(tmp_path, reward
     ({"temperature": 0.0}, "temperature=0.0"),
     ({"prompts_per_round": 0}, "prompts_per_round=0"),
     ({"eval_strategy": "epoch"}, "eval_strategy=epoch.*eval_dataset"),
+    # the best model could not be saved where it is found: a round has 2 optimizer steps
+    ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "best",
+      "metric_for_best_model": "loss", "eval_dataset": str(TOY / "reviews_test.jsonl")},
+     "eval_steps=3.*multiple of 2"),
     ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
     ({"model_name": "no/where"}, "model_name.*no/where"),
     ({"query_dataset": "no.jsonl"}, "no.jsonl"),

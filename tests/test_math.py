@@ -277,3 +277,5 @@ def test_entropy_is_of_each_distribution_whatever_is_added_to_its_logits(shape):
     torch.testing.assert_close(ppo.entropy_from_logits(logits), -(p * p.log()).sum(-1))
     shifted = ppo.entropy_from_logits(logits + 100)
     torch.testing.assert_close(shifted, -(p * p.log()).sum(-1), atol=1e-4, rtol=1e-4)
+    half = logits.bfloat16()  # computed in bfloat16 it would have three digits
+    torch.testing.assert_close(ppo.entropy_from_logits(half), ppo.entropy_from_logits(half.float()))

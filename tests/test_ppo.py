@@ -187,6 +187,17 @@ def test_a_wrong_configuration_is_refused_by_the_argument_s_name(wrong, named):
         ppo.PPOConfig(**wrong)
 
 
+def test_an_option_without_effect_is_a_warning():
+    with pytest.warns(UserWarning, match="use_score_norm has no effect without use_score_scaling"):
+        ppo.PPOConfig(use_score_norm=True)
+
+
+def test_a_horizon_that_could_make_the_kl_coefficient_negative_is_refused(make_trainer):
+    with pytest.raises(InputError, match="horizon=0.8: .* give more than 0.8"):
+        make_trainer(horizon=0.8)  # a fifth of the batch of 4
+    assert make_trainer(horizon=0.81).kl_ctl.horizon == 0.81
+
+
 def test_a_configuration_can_be_written_as_json():
     assert json.loads(json.dumps(ppo.PPOConfig(exp_name="a").to_dict()))["exp_name"] == "a"
 

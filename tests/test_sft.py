@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BOS, CAUSAL, EOS, PAD, SEQ2SEQ, VOCAB, gemma3, hf_model
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -843,6 +843,16 @@ def test_compute_metrics_sees_all_logits_and_labels(make_sft):
     assert evaluated["eval_loss"] == pytest.approx(want.item(), rel=1e-5)
 
 
+def test_compute_metrics_works_with_virtual_tokens(make_sft):
+    """The logits have those of the virtual tokens in front."""
+    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    rows = {"eval_dataset": rows_of(TEXTS[:3]), "peft_config": prompt}
+    plain = make_sft(**rows).evaluate()
+    evaluated = make_sft(compute_metrics=lambda p: {"right": 0.5}, **rows).evaluate()
+    assert evaluated["eval_right"] == 0.5
+    assert evaluated["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+
+
 def test_logits_may_be_reduced_before_the_metrics(make_sft):
     trainer = make_sft(eval_dataset=rows_of(TEXTS),
                        compute_metrics=lambda p: {"shape": list(p.predictions.shape)},
@@ -875,6 +885,13 @@ def test_an_encoder_decoder_s_completion_is_truncated_too(make_sft):
     rows = [{"prompt": "w4 w5 w6 w7 w8", "completion": " w40 w41 w42 w43"}]
     trainer = make_sft("t5", rows=rows, max_seq_length=3)
     assert ids(trainer.train_dataset) == [[4, 5, 6]] and trained_on(trainer) == [[40, 41, 42]]
+
+
+def test_a_truncated_completion_of_an_encoder_decoder_is_counted(make_sft, capsys):
+    rows = [{"prompt": "w4", "completion": " w40"},
+            {"prompt": "w4", "completion": " w40 w41 w42 w43"}]
+    make_sft("t5", rows=rows, max_seq_length=3)
+    assert "truncated 1 of 2 rows, row 1 the first" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size, batches", [(3, [3, 3, 1]), (1000, [7]), (None, [7]), (0, [7]),
