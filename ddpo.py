@@ -298,7 +298,7 @@ def ddim_mean_std(x_t, output, alpha_t, alpha_prev, eta, prediction_type="epsilo
     x_t, output = x_t.float(), output.float()
     alpha_t = alpha_t.float().view(-1, 1, 1, 1)
     alpha_prev = alpha_prev.float().view(-1, 1, 1, 1)
-    signal, noise = alpha_t.sqrt(), (1 - alpha_t).sqrt()  # factors: x_t = signal x_0 + noise eps.
+    signal, noise = alpha_t.sqrt(), (1 - alpha_t).sqrt()  # x_t = signal x_0 + noise epsilon
     if prediction_type == "epsilon":
         x_0 = (x_t - noise * output) / signal                                         # eq. 9
         epsilon = output
@@ -1116,8 +1116,8 @@ def color_and_shape(prompt):
     return torch.tensor(colors[0]).view(3, 1, 1).float(), shapes[0]
 
 
-# Each shape has area pi and its center of mass at (0, 0), and tells whether (x, y) is inside. y
-# grows downwards.
+# Return whether (x, y) is inside a shape of area pi, whose center of mass is (0, 0). y grows
+# downwards.
 def circle(x, y):
     return x**2 + y**2 < 1
 
@@ -1247,7 +1247,7 @@ def main(config: DDPOConfig):
         lora_weights=config.lora_weights)
     machinery.use_few_threads(pipeline.unet)
 
-    def draw_prompt():  # called in training, when `trainer` and `numbers` are there
+    def draw_prompt():  # called in training: `trainer` and `numbers` exist by then
         """Draw by seed, rank and number alone: a resumed run continues with the same prompts."""
         key = f"{config.seed} {trainer.accelerator.process_index} {next(numbers)}"
         return random.Random(key).choice(rows)

@@ -558,9 +558,9 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
         # A mixture of experts is balanced over all rows at once. A sharded model would gather its
         # weights again for each group. All ranks split or none does, whatever their rows
         balances_experts = getattr(self.model.config, "output_router_logits", False)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.splits_batches = (args.per_device_train_batch_size >= SPLIT_FROM and not is_sharded
-                               and not self.is_encoder_decoder and not balances_experts)
+        self.splits_batches = (
+            args.per_device_train_batch_size >= SPLIT_FROM and not self.is_sharded
+            and not self.is_encoder_decoder and not balances_experts)
         self.limit_lengths()
         self.padding_value = self.padding_value or tokenizer.pad_token_id or 0
         if data_collator is None:
@@ -1174,8 +1174,7 @@ def main(config: DPOConfig):
                          tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=len(pairs))])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
-    will_be_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not checkpoint and not will_be_sharded:
+    if not checkpoint and not trainer.is_sharded:
         show_samples(trainer, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out is not None:

@@ -1058,6 +1058,11 @@ class ShardedTrainer:
         super().create_accelerator_and_postprocess()
         prepare_gradients(self.accelerator)
 
+    @property
+    def is_sharded(self):
+        """Return whether FSDP or DeepSpeed shards the model, at the latest when training begins."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def save_model(self, *args, **kwargs):
         """Write the model as Trainer does. Call on every rank."""
         with tied_weights_once(self.model):

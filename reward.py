@@ -264,8 +264,7 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
         input_ids, attention_mask, lengths = stack_texts(inputs, self.tokenizer.pad_token_id)
         # one pass if the weights are sharded: each pass would gather them again. A pair's texts are
         # neighbors, so that gradients of what moves all scores alike cancel without rounding
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if len(lengths) < 2 * SPLIT_FROM or is_sharded:
+        if len(lengths) < 2 * SPLIT_FROM or self.is_sharded:
             groups = [torch.arange(len(lengths)).view(2, -1).T.flatten()]  # c_1, r_1, c_2, r_2, ...
         else:
             groups = lengths.argsort().chunk(4)
@@ -649,8 +648,7 @@ def main(config: ScriptConfig):
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     samples = pick_samples(trainer, held_out or rows)
-    will_be_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not checkpoint and not will_be_sharded:
+    if not checkpoint and not trainer.is_sharded:
         show_samples(trainer, samples, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if held_out is not None:

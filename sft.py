@@ -479,7 +479,7 @@ class SFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTrainer, Traine
                              "and completion instead")
         if self.seq2seq:
             raise InputError(f"packing: {kind} is an encoder-decoder; leave packing out")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             warnings.warn(f"packing: a sharded model can't be checked; try once on one process "
                           f"whether a small model of type {kind} is refused", stacklevel=3)
             return
@@ -994,8 +994,8 @@ class DataCollatorForCompletionOnlyLM:
 # ----------------------------------------------------------------------------- the script
 def show_samples(trainer, rows, title, folder):
     """Print and keep how the model continues a few rows. Not with sharded parameters."""
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if is_sharded or not trainer.is_world_process_zero():  # one rank alone has only its shards
+    # of a sharded model, one rank alone has only its shards
+    if trainer.is_sharded or not trainer.is_world_process_zero():
         return
     samples = []
     torch.manual_seed(trainer.args.seed)  # after a resume, too
