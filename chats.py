@@ -628,8 +628,15 @@ def load_classifier(name, label, device, **kwargs):
                  "folder or hub name"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, **hub_arguments(kwargs, "trust_remote_code"))
-        model = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, **kwargs)
         model = model.to(device).eval()
+    missing = sorted(loading["missing_keys"])[:3]
+    tasks = {adapter.task_type for adapter in getattr(model, "peft_config", {}).values()}
+    if missing or tasks - {"SEQ_CLS", None}:  # loading a language model's adapter reports nothing
+        reason = f"lacks {', '.join(missing)}" if missing else f"is for {', '.join(tasks)}"
+        raise InputError(f"reward_model {name} is no trained classifier, it {reason}: its scores "
+                         f"would be random; train one with reward.py --model-name {name}")
     names = {str(label_name): i for i, label_name in model.config.id2label.items()}
     labels = {**{str(i): i for i in range(model.config.num_labels)}, **names}
     if model.config.num_labels > 1 and label is None:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
@@ -56,7 +57,7 @@ def explain(what, place=""):
         if place:
             raise InputError(f"{place}: {error}") from error
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = f"{type(error).__name__}, {Path(frame.filename).name}:{frame.lineno}"
@@ -77,7 +78,11 @@ def load_function(argument, name):
 
 # ----------------------------------------------------------------------------- seeds and ranks
 def set_seed(seed: int):
-    """Seed `random`, `numpy.random` and `torch` on the calling rank, all with the same number."""
+    """Seed `random`, `numpy.random` and `torch` on the calling rank, all with the same number.
+
+    Raises InputError for a number that NumPy does not take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed}: give a number from 0 to {2**32 - 1}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -119,6 +124,32 @@ def tied_weights_once(model):
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def only_what_trains(model):
+    """Keep frozen weights out of `model.state_dict()`; `load_state_dict` then leaves them alone.
+
+    For checkpoints: LoRA's base is as it was loaded."""
+    def drop(module, state_dict, prefix, local_metadata):
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.requires_grad:
+                del state_dict[prefix + name]
+
+    def fill_in(module, state_dict, prefix, *args):
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.requires_grad:
+                state_dict[prefix + name] = weight
+
+    hooks = []
+    for module in model.modules():
+        hooks += [module.register_state_dict_post_hook(drop),
+                  module.register_load_state_dict_pre_hook(fill_in)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ----------------------------------------------------------------------------- log-probabilities
@@ -175,7 +206,7 @@ def check_finite(loss, done, of="optimizer steps"):
     """Raise InputError if the loss is not finite. done, of: such as 12 and "PPO updates"."""
     if not torch.isfinite(loss):
         raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or "
-                         "resume from the last checkpoint with a lower learning rate")
+                         "start again with a lower learning rate")
 
 
 def split(rows, size):

@@ -113,7 +113,7 @@ class DDPOConfig:
     accelerator_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
     """Arguments for accelerate.Accelerator, such as {"cpu": true}."""
     project_kwargs: Annotated[dict, JSON] = field(default_factory=dict)
-    """Arguments for ProjectConfiguration; project_dir is the folder of checkpoints."""
+    """Arguments for ProjectConfiguration; project_dir is short for output_dir."""
     tracker_project_name: str = "trl"
     """Project name for the tracker."""
     logdir: str = "logs"
@@ -197,7 +197,7 @@ class DDPOConfig:
     reward_function: str = "shape_alignment"
     """Name in REWARDS, or file.py:function, called with images, prompts and metadata."""
     output_dir: Optional[str] = None
-    """Output folder. None: runs/<run_name>."""
+    """Output folder. None: project_dir of project_kwargs, or runs/<run_name>."""
     bf16: bool = False
     """Compute in bfloat16: short for mixed_precision bf16."""
     use_cpu: bool = False
@@ -235,6 +235,8 @@ class DDPOConfig:
         })
         machinery.check_choices(self, {"log_with": (None, "wandb", "tensorboard"),
                                        "mixed_precision": (None, "no", "fp16", "bf16")})
+        machinery.check_dicts(self, "tracker_kwargs", "accelerator_kwargs", "project_kwargs")
+        self.output_dir = self.output_dir or self.project_kwargs.get("project_dir")
         if self.bf16:
             if self.mixed_precision not in ("fp16", "bf16"):  # the default is no contradiction
                 raise InputError(f"bf16=True, and mixed_precision={self.mixed_precision!r}: give "
@@ -728,7 +730,7 @@ class DDPOTrainer(machinery.LoopTrainer):
         self.accelerator.register_save_state_pre_hook(self.save_weights)
         self.accelerator.register_load_state_pre_hook(self.load_weights)
         # the weights are made; from here on each rank draws samples of its own
-        set_seed(config.seed + 100_003 * self.accelerator.process_index)
+        set_seed((config.seed + 100_003 * self.accelerator.process_index) % 2**32)
         if config.resume_from:
             self.load_checkpoint(config.resume_from)
 
@@ -812,7 +814,7 @@ class DDPOTrainer(machinery.LoopTrainer):
                                           [{"update": self.epoch, **self.stats}])
                     self.bar.show(self.epoch, reward=f"{self.stats['reward_mean']:.3f}")
                 if self.epoch % self.config.save_freq == 0:
-                    self.save_checkpoint(self.accelerator.project_dir, self.epoch)
+                    self.save_checkpoint(self.output_dir, self.epoch)
         self.bar = None
 
     def compute_rewards(self, prompt_image_pairs):

@@ -538,7 +538,7 @@ class DPOTrainer(machinery.ShardedTrainer, Trainer):
         self.keep_columns = not args.remove_unused_columns
         args.remove_unused_columns = False  # Trainer would drop the tokens
         if eval_dataset is None and isinstance(args, DPOConfig):
-            args.eval_strategy = "no"
+            machinery.skip_evaluation(args)
         if args.ddp_broadcast_buffers is None:  # DDP would, between the forward passes of a batch
             args.ddp_broadcast_buffers = False
         self.metric_sums, self.eval_metrics = {}, []
@@ -1171,16 +1171,16 @@ def main(config: DPOConfig):
     machinery.use_few_threads(model)
     pairs, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = DPOTrainer(model, args=config, train_dataset=pairs, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=len(pairs))])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=pairs)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     if not checkpoint and not trainer.is_sharded:
         show_samples(trainer, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model(str(out))
     if held_out is not None:
         metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, "after training")
-    trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         what = ("A language model trained on pairs of answers with DPO "
                 f"(loss {trainer.loss_type}, beta {trainer.beta})")

@@ -646,7 +646,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         metrics = speed_metrics("train", self.start_time, num_steps=steps - self.first_step)
         self.log({**metrics, "train_loss": self.losses["sum"] / max(steps, 1)})
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self.load_state(self.state.best_model_checkpoint)
+            best = Path(self.state.best_model_checkpoint).name  # the folder may have been moved
+            self.load_state(Path(self.args.output_dir, best))
         if self.noise_hook is not None:
             deactivate_neftune(self.model, self.noise_hook, self.accelerator)
         self.call_back("on_train_end")
@@ -688,7 +689,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
                                       state.best_model_checkpoint) as folder:
             with common.tied_weights_once(self.model):
                 weights = self.accelerator.get_state_dict(self.model_wrapped)
-            self.accelerator.save_state(str(folder))
+            with common.only_what_trains(self.model):
+                self.accelerator.save_state(str(folder))
             if self.is_world_process_zero():
                 model = self.accelerator.unwrap_model(self.model_wrapped)
                 model.save_pretrained(folder, state_dict=weights)
@@ -704,7 +706,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         Call before the first `step`. Restores weights, optimizer, schedule, random numbers and
         counters."""
         path = machinery.newest_checkpoint(path)
-        self.own_checkpoints = machinery.checkpoints_up_to(path)
+        self.own_checkpoints = machinery.checkpoints(path.resolve().parent)
         with explain(f"checkpoint {path} can't be loaded; give an older one, or start again"):
             state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
             self.losses = json.loads(Path(path, "losses.json").read_text())
@@ -721,7 +723,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
             else:
                 saved = type(model).from_pretrained(path, dtype=model.dtype)
                 model.load_state_dict(saved.state_dict())
-        self.accelerator.load_state(str(path))
+        with common.only_what_trains(self.model):
+            self.accelerator.load_state(str(path))
 
 
 # TrainingArguments that need Trainer's own loop
@@ -877,7 +880,7 @@ def main(config: IterativeSFTConfig):
     held_out = machinery.load_eval_rows(config, dataset)
     config = copy.copy(config)
     config.max_steps, config.save_steps = plan_steps(config)
-    journal = machinery.Journal(out, ("sampling", "learning"), rows=len(prompts))
+    journal = machinery.Journal(out, ("sampling", "learning"), rows=prompts)
     trainer = IterativeSFTTrainer(model, config, tokenizer, eval_dataset=held_out,
                                   callbacks=[journal])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar

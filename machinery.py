@@ -17,6 +17,7 @@ import argparse
 import copy
 import ctypes
 import errno
+import gc
 import inspect
 import json
 import math
@@ -29,6 +30,7 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -42,6 +44,7 @@ from accelerate.utils import (
     DistributedType,
     ProjectConfiguration,
     fsdp2_prepare_model,
+    parse_flag_from_env,
 )
 from safetensors import safe_open
 from torch import nn
@@ -81,7 +84,11 @@ def setup_ranks():
 
     With GPUs each process takes its own. Without one, the processes form a gloo group."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        # SLURM may show each process its own GPU alone; torch and accelerate count from LOCAL_RANK
+        gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        if "LOCAL_RANK" in os.environ:
+            os.environ["LOCAL_RANK"] = str(gpu)
+        torch.cuda.set_device(gpu)
         torch.set_float32_matmul_precision("high")  # float32 products may use TF32
         return
     keep_freed_memory()
@@ -98,7 +105,7 @@ def setup_ranks():
 def prepare_process(args):
     """Prepare the process of a Trainer with these TrainingArguments.
 
-    Raises InputError for several GPUs in one process."""
+    Raises InputError for several GPUs in one process, and for DeepSpeed on a CPU."""
     # report_to=None: no tracker. TrainingArguments makes it [None], which Trainer refuses
     if args.report_to == [None]:
         args.report_to = []
@@ -106,8 +113,26 @@ def prepare_process(args):
     if args.n_gpu > 1:
         raise InputError(f"this process sees {args.n_gpu} GPUs: start one process per GPU with "
                          f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES=0")
+    # each rank reads a stream itself: the main rank can't send rows of unequal length
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    args.accelerator_config.dispatch_batches = False
+    if args.deepspeed and args.device.type == "cpu":  # accelerate would go on without it
+        raise InputError("deepspeed: accelerate starts no DeepSpeed on a CPU; take GPUs, or shard "
+                         "the model with --fsdp full_shard")
+    if args.fsdp:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # Trainer's accelerator says so too late
     if not torch.cuda.is_available():
         keep_freed_memory()
+
+
+def skip_evaluation(args):
+    """Leave evaluation out: there are no rows for it. Raises InputError if an argument needs it."""
+    needs = {"load_best_model_at_end": True, "save_strategy": "best", "eval_on_start": True,
+             "lr_scheduler_type": "reduce_lr_on_plateau"}
+    for name, value in needs.items():
+        if getattr(args, name) == value:
+            raise InputError(f"{name}={value}: it needs evaluations; give an eval_dataset")
+    args.eval_strategy = "no"
 
 
 def prepare_gradients(accelerator):
@@ -121,6 +146,9 @@ def prepare_gradients(accelerator):
         raise InputError("fsdp_version=1 (accelerate's or Trainer's configuration): only FSDP 2 is "
                          'supported; set FSDP_VERSION=2, or "version": 2 in fsdp_config')
     plugin = accelerator.state.fsdp_plugin
+    if plugin.activation_checkpointing:
+        raise InputError("activation_checkpointing (of FSDP's configuration): it renames modules, "
+                         "so that an adapter would be saved empty; take --gradient-checkpointing")
     if plugin.mixed_precision_policy is not None:
         # weights are gathered in the type of mixed precision; outputs keep the type they have
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy,
@@ -148,6 +176,7 @@ def prepare_reference(accelerator, model):
         halve_matrices(model)
     if accelerator.distributed_type != DistributedType.FSDP:
         return model.to(accelerator.device)
+    share_embeddings(model)
     model = fsdp2_prepare_model(accelerator, model)  # accelerator.prepare asks for an optimizer
     register_fsdp_forward_method(model, "generate")  # for generate_ref_response
     return model
@@ -215,6 +244,9 @@ def run(main, config_class, toy="", own="", lora=""):
         get_error_handler().record_exception(InputError(sentence))  # torchrun prints it last
         leave_group(sentence)
         sys.exit(sentence)
+    # A group of gloo's and its threads end when nothing holds the group any more: neither torch nor
+    # the trainer, which holds itself. A thread that outlives Python would abort the process.
+    gc.collect()
     # only after success: while another rank waits in a collective, this call could wait for it
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -300,6 +332,13 @@ def check_arguments(name, arguments, function):
     if unknown:
         raise InputError(f"{name}={arguments}: {function.__name__} has no argument "
                          f"{', '.join(unknown)}; its arguments are {', '.join(known)}")
+
+
+def check_dicts(config, *names):
+    """Raise InputError for a field of these names that is no dict."""
+    for name in names:
+        if not isinstance(getattr(config, name), dict):
+            raise InputError(f"{name}={getattr(config, name)!r}: give a dict")
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -571,11 +610,28 @@ def prepare_training(model, peft_config=None, seed=None):
     else:
         plain = model
     freeze_beyond_text(plain)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        share_embeddings(plain)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model: none of its parameters requires a gradient, so nothing would "
                          "train; load an adapter with is_trainable=True")
     warn_of_half_precision(model)
     return model
+
+
+def share_embeddings(model):
+    """Let both stacks of an encoder-decoder call one module if their embeddings share a weight.
+
+    FSDP 2 shards input and output embeddings together, and refuses a third module of their weight.
+    The model computes the same and saves the same file. In `state_dict()` the weight loses a name
+    with each module: torch can't load shards of a module that has two names."""
+    embeddings = model.get_input_embeddings()
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            is_alike = isinstance(module, nn.Embedding) and type(module) is type(embeddings)
+            if is_alike and module is not embeddings and module.weight is embeddings.weight:
+                delattr(parent, name)
+                vars(parent)[name] = embeddings  # an attribute, no longer a child
 
 
 def train_heads_in_float32(model):
@@ -629,9 +685,16 @@ def warn_of_half_precision(model):
 def open_run(output_dir, resume_from, default):
     """Return the output folder, and the checkpoint to resume from or None. Raises InputError.
 
-    resume_from: a checkpoint, or a run's folder, whose newest whole checkpoint counts. output_dir:
-    None: the folder of the checkpoint; for a fresh run, `default`."""
-    checkpoint = newest_checkpoint(resume_from) if resume_from else None
+    resume_from: a checkpoint, or a run's folder, whose newest whole checkpoint counts; the run
+    starts if it is output_dir itself and holds none yet, so that one command starts and resumes.
+    output_dir: None: the folder of the checkpoint; for a fresh run, `default`."""
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise InputError(f"SLURM_STEP_NUM_TASKS={os.environ['SLURM_STEP_NUM_TASKS']}: srun started "
+                         "as many runs, all in one folder; let it start torchrun, once per node "
+                         "(docs/scaling.md), or unset the variable")
+    begins = output_dir and resume_from and (
+        Path(output_dir).resolve() == Path(resume_from).resolve() and not checkpoints(output_dir))
+    checkpoint = newest_checkpoint(resume_from) if resume_from and not begins else None
     out = Path(output_dir or (checkpoint.parent if checkpoint else default))
     continues = checkpoint is not None and checkpoint.parent.resolve() == out.resolve()
     newest = [folder.name for folder in checkpoints(out)[-1:]]
@@ -678,12 +741,6 @@ def checkpoints(path):
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
 
-def checkpoints_up_to(path):
-    """List a run's checkpoints up to `path`, from which it is resumed, oldest first."""
-    path = Path(path).resolve()
-    found = checkpoints(path.parent)
-    return found[:found.index(path) + 1] if path in found else []
-
 
 def newest_checkpoint(path):
     """Return `path` if it is a checkpoint-<n>, else the newest whole one in it. Raises InputError.
@@ -708,6 +765,7 @@ PARTS = {"weights": ("*.safetensors", "pytorch_model*"), "optimizer": ("*optimiz
          "schedule": ("scheduler*", "custom_checkpoint*"),
          "random numbers": ("rng_state*", "random_states*"),
          "state": ("trainer_state.json", "custom_checkpoint*")}
+ZIPPED = (".pt", ".pth", ".bin", ".pkl", ".distcp")  # written by torch.save
 
 
 def check_checkpoint(folder):
@@ -724,7 +782,7 @@ def check_checkpoint(folder):
                 safe_open(file, "pt").keys()
             elif file.suffix == ".json":
                 json.loads(file.read_text())
-            elif file.suffix in (".pt", ".pth", ".bin", ".pkl") and file.stem != "training_args":
+            elif file.suffix in ZIPPED and file.stem != "training_args":
                 zipfile.ZipFile(file).close()
 
 
@@ -734,19 +792,24 @@ def new_checkpoint(accelerator, folder, number, own, keep=None, best=None):
 
     It gets this name when it is complete: a run that is killed meanwhile has the one before.
     own: the run's checkpoints, oldest first. The new one is appended; all but the last `keep`
-    (None: all) and the one whose path is `best` are removed. No other checkpoint is removed."""
+    (None: all) and the one whose path is `best` are removed. No other checkpoint is removed.
+    Raises InputError if the folder holds another's of this or a larger number."""
     folder = Path(folder).resolve()
     final, aside = folder / f"checkpoint-{number}", folder / "checkpoint.tmp"
+    for newest in checkpoints(folder)[-1:]:
+        if newest not in own and int(newest.name[11:]) >= number:  # a resume would take it
+            raise InputError(f"{newest} is of another run: load it, save to another folder, or "
+                             "remove it")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
     aside.mkdir(parents=True, exist_ok=True)
     yield aside
     accelerator.wait_for_everyone()
+    own[:] = [path for path in own if path.parent == folder and path != final] + [final]
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        own[:] = [path for path in own if path.parent == folder and path != final] + [final]
         for old in own[:-keep] if keep else []:
             if best is None or old.name != Path(best).name:
                 shutil.rmtree(old, ignore_errors=True)
@@ -781,16 +844,30 @@ def cut_lines(folder, lines):
             os.truncate(path, sum(map(len, written[:kept])))
 
 
-# what the order of the data depends on, in the six configs
+# what the data, their order and the numbers of a run depend on, in the six configs
 ORDER = ("world_size", "seed", "batch_size", "per_device_train_batch_size",
          "gradient_accumulation_steps", "prompts_per_round", "sample_batch_size",
-         "sample_num_batches_per_epoch", "dataset", "dataset_split", "query_dataset", "prompts")
+         "sample_num_batches_per_epoch", "dataset", "dataset_split", "query_dataset", "prompts",
+         "model_name", "lora_r", "lora_alpha", "learning_rate")
 
 
 def data_order(config, **more):
-    """Return {name: value} of what the order of the data depends on; a checkpoint holds it."""
+    """Return {name: value} of what a resume compares (ORDER); a checkpoint holds it."""
     values = {name: getattr(config, name) for name in ORDER if hasattr(config, name)}
     return {name: str(value) for name, value in {**values, **more}.items()}
+
+
+def identify(rows):
+    """Return how many rows there are, with a checksum of about 100 of them: a resume compares it.
+
+    Rows of a class of the user's may be drawn as they are read: these are only counted."""
+    from datasets import Dataset
+    if not isinstance(rows, (list, Dataset)):
+        return None if rows is None else str(len(rows))
+    some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 100))]
+    text = json.dumps(some, default=lambda value: value.tolist() if torch.is_tensor(value)
+                      else type(value).__name__)
+    return f"{len(rows)} (checksum {zlib.crc32(text.encode()):08x})"
 
 
 def warn_of_other_order(saved, now):
@@ -965,7 +1042,7 @@ class TrainerFlags(RetiredArguments):
         replace_retired(self)
         if self.report_to is None:
             self.report_to = "none"
-        if self.bf16 and not torch.accelerator.is_available():
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
             self.use_cpu = True  # without it TrainingArguments refuses bfloat16 on a CPU
         # transformers 5 has renamed it, and warns of the old name; the default is ours
         if self.activation_checkpointing is None:
@@ -979,6 +1056,7 @@ def start_run(config):
     """Check the output folder and the checkpoint to resume from, and seed all random numbers.
 
     Returns the folder, and the checkpoint or None. Raises InputError."""
+    prepare_process(config)  # a Trainer does so too, but only when the model has been loaded
     default = type(config).__dataclass_fields__["output_dir"].default
     given = None if config.output_dir == default else config.output_dir
     out, checkpoint = open_run(given, config.resume_from_checkpoint, default)
@@ -991,8 +1069,27 @@ def start_run(config):
         if is_over:
             # only the end of the run is left; within an epoch Trainer would take one more update
             config.max_steps, config.num_train_epochs = -1, int(state["epoch"])
+        config.eval_on_start = False  # the run has done it
+        check_resume(config, state)
     set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
     return out, checkpoint and str(checkpoint)
+
+
+def check_resume(config, state):
+    """Raise InputError for arguments that a resume can't change. state: of a checkpoint."""
+    journal = state["stateful_callbacks"].get("Journal")
+    if not journal:
+        return
+    saved, now = journal["attributes"]["order"], data_order(config)
+    for name in ("lora_r", "learning_rate"):
+        if name in saved and saved[name] != now[name] != "None":
+            raise InputError(f"{name}={now[name]}: the checkpoint goes on with {saved[name]}; give "
+                             "the same, or start again")
+    sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    before, rows = (math.prod(int(order[name]) for name in sizes) for order in (saved, now))
+    if before != rows and config.max_steps <= 0:  # Trainer counts epochs in updates
+        raise InputError(f"{' x '.join(sizes)} = {rows}: an update took {before} rows up to the "
+                         "checkpoint; give as many, or max_steps")
 
 
 def load_train_and_eval_rows(config, toy_rows, toy_eval_rows):
@@ -1052,7 +1149,7 @@ def read_stream(rows):
 
 
 class ShardedTrainer:
-    """Prepare gradients for several ranks, and save tied weights once (a mixin for Trainer)."""
+    """Prepare gradients for several ranks, save whole models, evaluate all rows (for Trainer)."""
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -1063,10 +1160,24 @@ class ShardedTrainer:
         """Return whether FSDP or DeepSpeed shards the model, at the latest when training begins."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def save_model(self, *args, **kwargs):
-        """Write the model as Trainer does. Call on every rank."""
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Return Trainer's loader of all rows: dataloader_drop_last is for training alone."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the model as Trainer does, whole under FSDP too. Call on every rank."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin and not _internal_call:  # a checkpoint keeps the type of the configuration
+            configured = plugin.state_dict_type
+            plugin.set_state_dict_type("FULL_STATE_DICT")
         with tied_weights_once(self.model):
-            super().save_model(*args, **kwargs)
+            super().save_model(output_dir, _internal_call)
+        if plugin and not _internal_call:
+            plugin.set_state_dict_type(configured)
 
 
 class TokenMeanEvaluation:
@@ -1109,14 +1220,14 @@ class Journal(TrainerCallback, ExportableState):
     Each line is {"update": optimizer steps so far, "loss": ..., ...}. A checkpoint holds `state()`,
     so that a resumed run writes each line once, with the numbers of an uninterrupted run.
     phases: what the bar says between and within epochs, such as ("sampling", "learning").
-    rows: the number of rows of the dataset; a resume with another number warns."""
+    rows: the dataset; a resume with other rows warns."""
 
     def __init__(self, folder, phases=("", ""), rows=None):
-        self.folder, self.phases, self.rows = folder, phases, rows
+        self.folder, self.phases, self.rows = folder, phases, identify(rows)
         self.order, self.save_later = {}, False
 
     def state(self):
-        arguments = {"folder": str(self.folder), "phases": self.phases, "rows": self.rows}
+        arguments = {"folder": str(self.folder), "phases": self.phases}
         return {"args": arguments,
                 "attributes": {"lines": count_lines(self.folder), "order": self.order}}
 
@@ -1140,13 +1251,20 @@ class Journal(TrainerCallback, ExportableState):
         self.bar.set_description(self.phases[0])
         control.should_save |= self.save_later
         self.save_later = False
+        self.log_before_saving(args, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
         is_over = state.global_step >= state.max_steps  # a short run has a loss, too
-        control.should_log |= is_over or control.should_save  # a line's mean ends at a checkpoint
+        control.should_log |= is_over
+        self.log_before_saving(args, control)
         if is_over or (state.epoch or 0) % 1 == 0:  # save after the evaluation of the epoch
             self.save_later, control.should_save = control.should_save, False
+
+    def log_before_saving(self, args, control):
+        """End a line's mean where a checkpoint may be written: a resume begins a new one there."""
+        may_be_best = args.save_strategy == "best" and control.should_evaluate
+        control.should_log |= control.should_save or may_be_best
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "train_loss" in logs:  # Trainer's own begins where the run was resumed
@@ -1207,7 +1325,8 @@ class LoopTrainer:
         project = ProjectConfiguration(**{**project, **config.project_kwargs})
         project.automatic_checkpoint_naming = False  # save_checkpoint names them
         settings = {"log_with": config.log_with, "project_config": project, **settings}
-        self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
+        with explain(f"accelerator_kwargs={config.accelerator_kwargs}: accelerate can't start"):
+            self.accelerator = Accelerator(**{**settings, **config.accelerator_kwargs})
         prepare_gradients(self.accelerator)
         self.own_checkpoints = []
         if self.accelerator.gradient_accumulation_steps != 1:
@@ -1233,8 +1352,8 @@ class LoopTrainer:
 
     def data_order(self):
         """Return what the order of the data depends on, the number of ranks and rows included."""
-        rows = None if self.dataset is None else len(self.dataset)
-        return data_order(self.config, world_size=self.accelerator.num_processes, rows=rows)
+        return data_order(self.config, world_size=self.accelerator.num_processes,
+                          rows=identify(self.dataset))
 
     def state_dict(self):
         """Return the lines that a resumed run keeps of its files, and the order of the data."""
@@ -1267,16 +1386,18 @@ class LoopTrainer:
     def load_checkpoint(self, path):
         """Restore weights, optimizer, random state and `state_dict` of a checkpoint.
 
-        The learning rate stays the config's, unless a scheduler sets it. Raises InputError."""
+        The optimizer's settings stay the config's; a scheduler sets the learning rate. Raises
+        InputError."""
         path = newest_checkpoint(path)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        restored = {"params", "lr", "initial_lr"} if self.lr_scheduler else {"params"}
+        settings = [{name: value for name, value in group.items() if name not in restored}
+                    for group in self.optimizer.param_groups]
         with explain(f"checkpoint {path} can't be loaded; resume with the flags of its run"):
-            # a checkpoint does not hold what is frozen
+            # strict=False: layers in 8 bits save names that they do not load
             self.accelerator.load_state(str(path), strict=False)
             rank = self.accelerator.process_index
             if rank < int(self.saved_order["world_size"]):  # accelerate goes on without it
                 zipfile.ZipFile(path / f"random_states_{rank}.pkl").close()
-        self.own_checkpoints = checkpoints_up_to(path)
-        if self.lr_scheduler is None:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        self.own_checkpoints = checkpoints(path.resolve().parent)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)

@@ -258,6 +258,8 @@ class PPOConfig(machinery.LoadingFlags):
                 f"mini_batch_size={math.gcd(self.batch_size, self.mini_batch_size)} and "
                 "gradient_accumulation_steps=1")
         machinery.check_choices(self, {"kl_penalty": ("kl", "abs", "mse", "full")})
+        machinery.check_dicts(self, "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
+                              "push_to_hub_if_best_kwargs")
         if self.use_score_norm and not self.use_score_scaling:
             warnings.warn("use_score_norm has no effect without use_score_scaling", stacklevel=3)
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
@@ -659,9 +661,9 @@ class PPOTrainer(machinery.LoopTrainer):
         chats.refuse_virtual_tokens(model.pretrained_model)
         self.ref_model = self.make_reference(model, ref_model, num_shared_layers)
         common.disable_dropout(model)
-        self.model_params = [p for p in model.parameters() if p.requires_grad]
         optimizer = optimizer or torch.optim.Adam(
-            self.model_params, lr=config.learning_rate, fused=True)
+            [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate,
+            fused=True)
         self.dataset, self.dataloader = dataset, None
         if dataset is not None:
             self.dataloader = self.prepare_dataloader(dataset, data_collator)
@@ -670,6 +672,8 @@ class PPOTrainer(machinery.LoopTrainer):
                           "config.batch_size rows", stacklevel=2)
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             model, optimizer, lr_scheduler)
+        # only now: a list of the whole weights would keep them next to their shards
+        self.model_params = [p for p in self.model.parameters() if p.requires_grad]
         self.policy = self.accelerator.unwrap_model(self.model)  # for passes without gradient
         register_fsdp_forward_method(self.policy, "generate")  # no effect on unsharded models
         # accelerate's wrapper searches the disk for packages at each step (a third of a toy
@@ -682,10 +686,9 @@ class PPOTrainer(machinery.LoopTrainer):
         self.running = RunningMoments(self.accelerator)
         self.current_step, self.highest_reward = 0, -math.inf
         self.accelerator.register_for_checkpointing(self)
-        self.accelerator.register_save_state_pre_hook(self.drop_frozen)
         self.start_trackers()
         # the weights are made; from here on each rank draws samples of its own
-        set_seed(config.seed + 100_003 * self.accelerator.process_index)
+        set_seed((config.seed + 100_003 * self.accelerator.process_index) % 2**32)
 
     def make_accelerator(self, model):
         """Make the accelerator, and fill in the fields of config that depend on it or the model."""
@@ -742,13 +745,14 @@ class PPOTrainer(machinery.LoopTrainer):
     def prepare_dataloader(self, dataset, data_collator=None):
         """Make a loader of shuffled batches of config.batch_size rows per rank. Raises ValueError.
 
-        Rows that fill no batch are dropped. Seed and epoch alone determine the order."""
+        Rows that fill no batch are dropped. Seed and epoch alone determine the order. A pass that
+        is broken off goes on in the next one, after the batches that `step` was called for."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         need = self.config.batch_size * ranks
         if len(dataset) < need:
             raise InputError(f"dataset: it has {len(dataset)} rows and one batch takes {need} "
                              "(batch_size x ranks); add rows or reduce batch_size")
-        sampler = EpochSampler(dataset, ranks, rank, seed=self.config.seed, drop_last=True)
+        sampler = EpochSampler(self, dataset, ranks, rank, seed=self.config.seed, drop_last=True)
         # with a generator of its own the loader draws nothing from the one that samples responses
         return DataLoader(dataset, self.config.batch_size, sampler=sampler, drop_last=True,
                           generator=torch.Generator(), collate_fn=data_collator or collate)
@@ -870,14 +874,23 @@ class PPOTrainer(machinery.LoopTrainer):
     def push_if_best(self, scores):
         """Push the policy to the hub, every compare_steps updates, if its mean score is the best.
 
-        scores [B]: those of the responses that the policy has just given."""
+        scores [B]: those of the responses that the policy has just given. Warns if it fails."""
         config = self.config
         if not config.push_to_hub_if_best_kwargs or (self.current_step + 1) % config.compare_steps:
             return
         score = self.sum_over_ranks(scores.sum()).item() / (len(scores) * config.world_size)
-        if score > self.highest_reward:
+        if score <= self.highest_reward:
+            return
+        failures = torch.zeros_like(scores[0])
+        try:
+            with common.explain("push_to_hub_if_best_kwargs: the upload failed, and the next best "
+                                "score will try again"):
+                self.push_to_hub(**config.push_to_hub_if_best_kwargs)
+        except InputError as error:  # a long run must not end for it
+            warnings.warn(str(error), stacklevel=2)
+            failures += 1
+        if self.sum_over_ranks(failures) == 0:  # only the main rank knows
             self.highest_reward = score
-            self.push_to_hub(**config.push_to_hub_if_best_kwargs)
 
     def finish_step(self):
         """Step the scheduler, count the update, empty the device cache."""
@@ -1056,21 +1069,21 @@ model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.current_step, self.highest_reward = state["current_step"], state["highest_reward"]
-        self.kl_ctl.value = state["kl_coef"]
+        if self.config.adap_kl_ctrl:  # otherwise it is the config's
+            self.kl_ctl.value = state["kl_coef"]
         vars(self.running).update(state["running"])
         if self.dataloader is not None:
-            self.dataloader.sampler.continue_after(self.current_step, self.dataloader.batch_size)
-
-    def drop_frozen(self, models, weights, folder):
-        """Leave weights that do not train out of a checkpoint: LoRA's base is as it was loaded."""
-        for model, state in zip(models, weights, strict=False):  # FSDP saves its shards itself
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                if not parameter.requires_grad:
-                    del state[name.replace("pretrained_model.", "", 1)]
+            self.dataloader.sampler.epoch = self.dataloader.sampler.first_step = 0
 
     def save_checkpoint(self, folder):
         """Write folder/checkpoint-<updates> and remove the oldest ones. Call on every rank."""
-        super().save_checkpoint(folder, self.current_step)
+        with common.only_what_trains(self.policy):
+            super().save_checkpoint(folder, self.current_step)
+
+    def load_checkpoint(self, path):
+        """Restore a checkpoint, and the place in the data. Raises InputError."""
+        with common.only_what_trains(self.policy):
+            super().load_checkpoint(path)
 
 
 class RunningMoments:
@@ -1098,19 +1111,27 @@ class RunningMoments:
 
 
 class EpochSampler(DistributedSampler):
-    """Each rank's rows, in a new order in every epoch, by seed and epoch alone."""
+    """Each rank's rows, in a new order in every epoch, by seed and epoch alone.
 
-    done = 0  # rows that the next pass skips
+    A pass over an epoch begins after the batches that the trainer's steps have taken from it, so
+    that a loop finds its place after `load_checkpoint`, and after a pass that it broke off."""
+
+    first_step = None  # the step that this epoch began with; None: the next pass begins it
+
+    def __init__(self, trainer, dataset, *args, **kwargs):
+        super().__init__(dataset, *args, **kwargs)
+        self.trainer, self.batch_size = trainer, trainer.config.batch_size
 
     def __iter__(self):
-        done, self.done = self.done, 0
-        yield from islice(super().__iter__(), done, None)
+        step = self.trainer.current_step
+        first_step = step if self.first_step is None else self.first_step
+        # incomplete batches are dropped
+        epochs, batches = divmod(step - first_step, self.num_samples // self.batch_size)
+        self.epoch += epochs
+        self.first_step = step - batches
+        yield from islice(super().__iter__(), batches * self.batch_size, None)
         self.epoch += 1
-
-    def continue_after(self, batches, batch_size):
-        """Begin the next pass where a run is after `batches`; incomplete ones are dropped."""
-        self.epoch, done = divmod(batches, self.num_samples // batch_size)
-        self.done = done * batch_size
+        self.first_step = None
 
 
 def collate(rows):

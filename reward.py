@@ -326,7 +326,7 @@ class RewardTrainer(machinery.ShardedTrainer, Trainer):
                           "their margin are kept; set it to False", stacklevel=2)
             args.remove_unused_columns = False
         if eval_dataset is None:
-            args.eval_strategy = "no"
+            machinery.skip_evaluation(args)
         if model is not None:
             model = self.prepare_model(model, args)
         super().__init__(
@@ -644,17 +644,17 @@ def main(config: ScriptConfig):
     machinery.use_few_threads(model)
     rows, held_out = machinery.load_train_and_eval_rows(config, "pairs.jsonl", "pairs_test.jsonl")
     trainer = RewardTrainer(model, config, None, rows, held_out, tokenizer,
-                            callbacks=[machinery.Journal(out, rows=len(rows))])
+                            callbacks=[machinery.Journal(out, rows=rows)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
 
     samples = pick_samples(trainer, held_out or rows)
     if not checkpoint and not trainer.is_sharded:
         show_samples(trainer, samples, "before training")
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model(str(out))
     if held_out is not None:
         metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, samples, "after training")
-    trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         what = "A reward model: a classifier that scores a text, trained on pairs"
         data = {"pairs": config.dataset or "toy/pairs.jsonl"}

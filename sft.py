@@ -504,13 +504,7 @@ def prepare_args(args, eval_dataset):
     """Return a copy of args that fits the data. Raises InputError."""
     args = copy.copy(args) if args is not None else TrainingArguments()
     if eval_dataset is None and isinstance(args, SFTConfig):
-        if args.load_best_model_at_end:
-            raise InputError("load_best_model_at_end=True: the best model is found by evaluation; "
-                             "give an eval_dataset")
-        args.eval_strategy = "no"
-    # each rank reads a stream itself: the main rank can't send rows of unequal length
-    args.accelerator_config = copy.copy(args.accelerator_config)
-    args.accelerator_config.dispatch_batches = False
+        machinery.skip_evaluation(args)
     return args
 
 
@@ -1043,16 +1037,16 @@ def main(config: SFTConfig):
     rows, held_out = machinery.load_train_and_eval_rows(
         config, "reviews.jsonl", "reviews_test.jsonl")
     trainer = SFTTrainer(model, config, train_dataset=rows, eval_dataset=held_out,
-                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=len(rows))])
+                         tokenizer=tokenizer, callbacks=[machinery.Journal(out, rows=rows)])
     trainer.remove_callback(ProgressCallback)  # the Journal has a bar
     shown = list(islice(held_out or rows, 5))
     if not checkpoint:
         show_samples(trainer, shown, "before training", out)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model(str(out))
     if held_out:
         metrics = machinery.last_evaluation(trainer)
     show_samples(trainer, shown, "after training", out)
-    trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         machinery.write_model_card(out, "A language model fine-tuned on texts", config,
                                    {"texts": config.dataset or "toy/reviews.jsonl"}, metrics)

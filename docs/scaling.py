@@ -1,20 +1,25 @@
 """Memory and time of larger models: the numbers of docs/scaling.md.
 
     python docs/scaling.py              the page's table of three models, by the formula
-    python docs/scaling.py --check      peaks of two small models on this CPU, next to the formula
+    python docs/scaling.py --check      peaks of small models on this machine, next to the formula
     python docs/scaling.py --growth     CPU seconds of a PPO update as its sizes grow, on this CPU
 """
 import copy
 import ctypes
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -35,8 +40,20 @@ MODELS = {  # the shapes of Llama 3.2 1B, Llama 3.1 8B and 70B
                 num_attention_heads=64, num_key_value_heads=8),
 }
 CUDA = torch.cuda.is_available()
-SMALL = {"sft": ((512, 8), (768, 12)), "ppo": ((512, 8), (768, 12)),  # width and layers
-         "ppo bf16": ((512, 8), (768, 12)), "ppo lora": ((768, 12), (1024, 16))}
+CHECKS = (  # what runs, number of ranks, width, layers, vocabulary
+    ("sft", 1, 512, 8, 1024), ("sft", 1, 768, 12, 1024),
+    ("ppo", 1, 512, 8, 1024), ("ppo", 1, 768, 12, 1024),
+    ("ppo bf16", 1, 512, 8, 1024), ("ppo bf16", 1, 768, 12, 1024),
+    ("ppo bf16 lora", 1, 768, 12, 1024), ("ppo bf16 lora", 1, 1024, 16, 1024),
+    ("sft bf16", 2, 768, 12, 1024), ("ppo bf16", 2, 768, 12, 1024),
+    ("sft bf16 fsdp", 2, 768, 12, 1024), ("sft bf16 fsdp", 2, 512, 8, 32000),
+    ("ppo bf16 fsdp", 2, 768, 12, 1024), ("ppo bf16 lora fsdp", 2, 1024, 16, 1024),
+)
+LAYERS = "LlamaDecoderLayer"
+SHARD_PPO = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+             "FSDP_TRANSFORMER_CLS_TO_WRAP": LAYERS, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+SHARD_TRAINER = {"fsdp": "full_shard", "fsdp_config": {"transformer_layer_cls_to_wrap": [LAYERS]}}
 LORA = machinery.lora_config(SimpleNamespace(lora_r=16, lora_alpha=16))
 
 
@@ -50,48 +67,64 @@ def count(config):
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     P = sum(p.numel() for p in model.parameters())
     ends = P - block * config.num_hidden_layers  # embeddings and output layer
+    # the largest unit of FSDP: its gradients are there in bfloat16, and in float32 to be summed
+    largest = max(block, config.vocab_size * config.hidden_size)
     R = sum(p.numel() * p.element_size() for p in reference.parameters())
     adapter = common.with_adapter(model, LORA)
     A = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-    return SimpleNamespace(P=P, A=A, R=R, gathered=2 * (2 * block + ends))
+    return SimpleNamespace(P=P, A=A, R=R, gathered=2 * (2 * block + ends), largest=largest,
+                           reduced=6 * largest + 4 * block)
 
 
-def weights(n, ranks=1, lora=False, reference=True, ppo=False, bf16=True):
-    """Return the bytes of weights, gradients and moments per GPU. ranks: of FSDP 2; 1: whole."""
+def weights(n, ranks=1, sharded=False, lora=False, reference=True, ppo=False, bf16=True):
+    """Return the bytes of weights, gradients and moments per GPU. sharded: by FSDP 2."""
     frozen = 2 * n.P if lora else 0
     trained = n.A if lora else n.P
-    ref = 4 * n.A if lora else n.R if bf16 else 4 * n.P
-    total = (frozen + 16 * trained + ref * reference) / ranks
-    if ranks > 1 and ppo:  # whole, in bfloat16: the policy, and the reference that is no adapter
-        total += 2 * n.P if lora else 4 * n.P
-    elif ranks > 1:
-        total += n.gathered
-    return total
+    ref = (4 * n.A if lora else n.R if bf16 else 4 * n.P) * reference
+    if not sharded:  # DDP holds all gradients while the copies in bfloat16 are there
+        return frozen + 16 * trained + ref + 2 * trained * (bf16 and ranks > 1)
+    total = (frozen + 16 * trained + ref) / ranks
+    learning = total + (n.gathered if lora else n.reduced)
+    if not ppo:
+        return learning
+    # no gradients, but whole, in bfloat16: the policy, and the reference that is no adapter
+    scoring = total - 4 * trained / ranks + (2 if lora else 4) * n.P
+    return max(learning, scoring)
 
 
-def per_token(config):
-    """Return the bytes per token of activations (checkpointed), logits, and keys and values."""
+def per_token(config, size=4):
+    """Return the bytes per token of activations (checkpointed), logits, and keys and values.
+
+    size: bytes per activation: 4, but 2 with LoRA or FSDP 2, whose weights are in bfloat16."""
     head = config.hidden_size // config.num_attention_heads
-    return SimpleNamespace(activations=2 * config.num_hidden_layers * config.hidden_size,
-                           logits=12 * config.vocab_size,
-                           cache=4 * config.num_hidden_layers * config.num_key_value_heads * head)
+    values = config.num_hidden_layers * config.num_key_value_heads * head
+    return SimpleNamespace(activations=size * config.num_hidden_layers * config.hidden_size,
+                           logits=12 * config.vocab_size, cache=2 * size * values)
 
 
 def column(config):
     """Yield the page's rows for one model: what it is, and its number."""
-    n, token = count(config), per_token(config)
+    n, whole, half = count(config), per_token(config), per_token(config, 2)
     yield "parameters P", f"{n.P:,}"
     yield "adapter A (`--lora-r 16`)", f"{n.A:,}"
-    yield "activations of 8 rows of 640 tokens", gb(8 * 640 * token.activations)
-    yield "logits of 8 responses of 128 tokens", gb(8 * 128 * token.logits)
-    yield "keys and values of 64 rows of 640 tokens", gb(64 * 640 * token.cache)
-    for lora, title in ((False, "all weights"), (True, "LoRA")):
-        yield f"**{title}**: SFT, reward, whole on every rank", gb(
-            weights(n, lora=lora, reference=False))
-        yield "DPO, PPO, whole on every rank", gb(weights(n, lora=lora))
+    yield "logits of 8 responses of 128 tokens", gb(8 * 128 * whole.logits)
+    for token, title in ((whole, "float32"), (half, "bfloat16")):
+        yield f"activations of 8 rows of 640 tokens, {title}", gb(8 * 640 * token.activations)
+        yield f"keys and values of 64 rows of 640 tokens, {title}", gb(64 * 640 * token.cache)
+    yield "PPO's reward model of this size, float32", gb(4 * n.P)
+    yield "**all weights**: SFT, reward, one GPU", gb(weights(n, reference=False))
+    yield "SFT, reward, whole on several ranks", gb(weights(n, 2, reference=False))
+    yield "DPO, PPO, one GPU", gb(weights(n))
+    yield "DPO, PPO, whole on several ranks", gb(weights(n, 2))
+    for lora in (False, True):
+        if lora:
+            yield "**LoRA**: every file, one GPU", gb(weights(n, lora=True))
         for ranks in (8, 32):
-            yield f"DPO, FSDP 2, {ranks} ranks", gb(weights(n, ranks, lora))
-            yield f"PPO, FSDP 2, {ranks} ranks", gb(weights(n, ranks, lora, ppo=True))
+            yield f"DPO, FSDP 2, {ranks} ranks", gb(weights(n, ranks, True, lora))
+            yield f"PPO, FSDP 2, {ranks} ranks", gb(weights(n, ranks, True, lora, ppo=True))
+    for size, title in ((4, "SFT, reward"), (8, "DPO, PPO"), (2, "LoRA")):
+        host = "**host memory** of 8 ranks" if size == 4 else "host memory of 8 ranks"
+        yield f"{host}: {title}", gb(8 * size * n.P)
 
 
 def gb(size):
@@ -108,32 +141,40 @@ def table():
 
 
 # ----------------------------------------------------------------------------- its check
-def llama(width, layers):
-    return LlamaConfig(vocab_size=1024, hidden_size=width, intermediate_size=4 * width,
+def llama(width, layers, vocabulary=1024):
+    return LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
                        num_hidden_layers=layers, num_attention_heads=8)
 
 
-def train(kind, config, batch_size=4, tokens=16, updates=2):
-    """Train a random model: kind is sft, ppo, "ppo bf16" or "ppo lora".
+def train(kind, config, batch_size=4, tokens=16, updates=3):
+    """Train a random model: kind is sft or ppo, then any of bf16, lora and fsdp.
 
     Yield after each sampling and each update of PPO."""
-    is_half = kind in ("ppo bf16", "ppo lora")
+    kinds = kind.split()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy" / "model")
-    dtype = torch.bfloat16 if kind == "ppo lora" else torch.float32
+    dtype = torch.bfloat16 if "lora" in kinds else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     prompts = [torch.arange(5, 5 + tokens)] * batch_size
-    if kind == "sft":
-        rows = Dataset.from_list([{"input_ids": [5] * 2 * tokens}] * batch_size)
-        args = sft.SFTConfig("/tmp/scaling", max_steps=updates, save_strategy="no",
-                             eval_strategy="no", per_device_train_batch_size=batch_size,
-                             learning_rate=1e-5, use_cpu=not CUDA, disable_tqdm=True)
-        sft.SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer).train()
+    if "sft" in kinds:
+        rows = Dataset.from_list([{"input_ids": [5] * 2 * tokens}] * 2 * batch_size)
+        shards = SHARD_TRAINER if "fsdp" in kinds else {}
+        with tempfile.TemporaryDirectory() as folder:
+            args = sft.SFTConfig(folder, max_steps=updates, save_strategy="no", eval_strategy="no",
+                                 per_device_train_batch_size=batch_size, learning_rate=1e-5,
+                                 bf16="bf16" in kinds, use_cpu=not CUDA, disable_tqdm=True,
+                                 **shards)
+            trainer = sft.SFTTrainer(model, args, train_dataset=rows, tokenizer=tokenizer)
+            del model  # shards replace it
+            trainer.train()
         return
-    lora = LORA if kind == "ppo lora" else None
+    if "fsdp" in kinds:
+        os.environ.update(SHARD_PPO)
+    lora = LORA if "lora" in kinds else None
     model = common.AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
     settings = ppo.PPOConfig(batch_size=batch_size, mini_batch_size=4, ppo_epochs=1,
-                             bf16=is_half, use_cpu=not CUDA)
+                             bf16="bf16" in kinds, use_cpu=not CUDA)
     trainer = ppo.PPOTrainer(settings, model, tokenizer=tokenizer)
+    del model
     for _ in range(updates):
         responses = trainer.generate(prompts, batch_size=batch_size, return_prompt=False,
                                      do_sample=True, max_new_tokens=tokens, min_new_tokens=tokens)
@@ -142,38 +183,57 @@ def train(kind, config, batch_size=4, tokens=16, updates=2):
         yield
 
 
+def shard_on_a_cpu():
+    """Let accelerate shard on CPUs, which it does on GPUs only: say that these ranks are GPUs."""
+    begin = Accelerator.__init__
+
+    def begin_on_shards(self, *args, **kwargs):
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+        begin(self, *args, **kwargs)
+
+    Accelerator.__init__ = begin_on_shards
+
+
 def resident(name):
     """Return this process's memory in bytes: VmRSS, now, or VmHWM, its peak."""
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-def peak(kind, width, layers):
+def peak(kind, *sizes):
     """Return the bytes that training takes in this process, at its peak."""
     machinery.keep_freed_memory = lambda: None
+    machinery.setup_ranks()
+    if "fsdp" in kind and not CUDA:
+        shard_on_a_cpu()
     list(train(kind, llama(64, 1)))  # what libraries load when they are first used
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     gc.collect()
     malloc = ctypes.CDLL(None)
     malloc.mallopt(-3, 2**17)  # M_MMAP_THRESHOLD: what is freed goes back to the system
     malloc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = resident("VmRSS")
-    list(train(kind, llama(width, layers)))
+    list(train(kind, llama(*sizes)))
     if CUDA:
         return torch.cuda.max_memory_allocated()
     return resident("VmHWM") - before
 
 
 def check():
-    """Print formula and measured peak of two small models."""
-    for kind, sizes in SMALL.items():
-        for width, layers in sizes:
-            n = count(llama(width, layers))
-            formula = weights(n, lora=kind == "ppo lora", reference=kind != "sft",
-                              bf16=kind in ("ppo bf16", "ppo lora"))
-            measured = float(in_a_process("--peak", kind, width, layers))
-            print(f"| {kind} | {n.P:,} | {formula / 1e6:.0f} | {measured / 1e6:.0f} | "
-                  f"{measured / formula:.2f} |", flush=True)
+    """Print formula and measured peak of small models."""
+    for kind, ranks, *sizes in CHECKS:
+        if CUDA and ranks > torch.cuda.device_count():
+            continue
+        n = count(llama(*sizes))
+        if not CUDA:  # gloo sums gradients in a copy
+            n.reduced += 4 * n.largest
+        formula = weights(n, ranks, "fsdp" in kind, lora="lora" in kind, ppo="ppo" in kind,
+                          reference="ppo" in kind, bf16="bf16" in kind)
+        measured = float(in_a_process("--peak", kind, *sizes, ranks=ranks))
+        print(f"| {kind} | {ranks} | {n.P:,} | {formula / 1e6:.0f} | {measured / 1e6:.0f} | "
+              f"{measured / formula:.2f} |", flush=True)
 
 
 # ----------------------------------------------------------------------------- how time grows
@@ -218,7 +278,7 @@ def in_a_process(*words, ranks=1):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak"]:
-        print(peak(sys.argv[2], *map(int, sys.argv[3:])))
+        print(f"{peak(sys.argv[2], *map(int, sys.argv[3:]))}\n", end="")  # ranks print at once
     elif sys.argv[1:2] == ["--seconds"]:
         print(*seconds(*map(int, sys.argv[2:])))
     elif sys.argv[1:] == ["--check"]:

@@ -23,6 +23,7 @@ from common import AutoModelForCausalLMWithValueHead, create_reference_model  # 
 from ppo import PPOConfig, PPOTrainer, main  # noqa: E402
 
 TOY = ROOT / "toy" / "model"
+LARGEST_SEED = 2**32 - 1
 HANGS_AFTER = 200  # seconds: a rank that waits for one that will not come ends, and says where
 
 # Updates on 8 given rows, rank 0 holding the first four. Each optimizer step takes all rows, so the
@@ -126,7 +127,7 @@ def own_loop(folder, rank):
     """Parts of the trainer that users call in loops of their own."""
     forget()
     torch.manual_seed(100 + rank)  # whatever was drawn before, seeds come from the config
-    config = PPOConfig(batch_size=2, mini_batch_size=1, seed=3)
+    config = PPOConfig(batch_size=2, mini_batch_size=1, seed=LARGEST_SEED)  # rank 1's own is less
     rows = [{"query": f"row {i}", "input_ids": [i + 2]} for i in range(11)]
     model = toy_policy(torch.Generator().manual_seed(rank))  # rank 0's weights are for all
     trainer = PPOTrainer(config, model, None, AutoTokenizer.from_pretrained(TOY), rows)
@@ -142,6 +143,9 @@ def own_loop(folder, rank):
         seen["unequal rows"] = str(error)
     if trainer.accelerator.is_main_process:  # as users write it: the other rank goes on
         trainer.save_pretrained(f"{folder}/saved by one")
+    config.push_to_hub_if_best_kwargs = {"repo_id": "me/best"}
+    trainer.push_if_best(torch.tensor([1.0, 2.0]))  # the main rank has no network
+    seen["best score pushed"] = trainer.highest_reward
     policy = trainer.accelerator.unwrap_model(trainer.model)
     return {**seen, "head": policy.v_head.summary.weight.detach().clone()}
 

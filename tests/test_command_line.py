@@ -5,6 +5,7 @@
 import dataclasses
 import errno
 import functools
+import gc
 import io
 import json
 import os
@@ -16,11 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import tyro
+from torch import distributed
 from transformers import TrainingArguments
 
 import ddpo
@@ -407,6 +410,13 @@ def test_an_error_is_one_line_with_the_file_s_name_and_status_1(script, tmp_path
     assert err.startswith(f"{script}.py: error: ") and "file/out" in err and "Traceback" not in err
 
 
+@every_script
+def test_a_seed_that_numpy_does_not_take_is_one_line(script, tmp_path):
+    status, out, err = start(script, "--seed", -1, "--output-dir", tmp_path)
+    assert status == 1 and not out
+    assert err == f"{script}.py: error: seed=-1: give a number from 0 to 4294967295\n"
+
+
 def test_a_shell_sees_the_line_and_the_status(tmp_path):
     (tmp_path / "file").touch()
     done = subprocess.run(
@@ -448,6 +458,30 @@ def test_a_full_disk_is_one_sentence(error, says_so, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["mine.py", "--output-dir", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^mine.py: error: output_dir={tmp_path}: .* full; free"):
         machinery.run(main, ppo.PPOConfig)
+
+
+@pytest.mark.parametrize("main_ends_it", [False, True])
+def test_the_group_of_the_ranks_has_ended_when_a_run_has(main_ends_it, monkeypatch, tmp_path):
+    """A thread of gloo's that frees a tensor while Python ends aborts the process."""
+    groups = []
+
+    def main(config):
+        """Hold the group as a trainer does, which holds itself."""
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0,
+                                       world_size=1)
+        groups.append(weakref.ref(distributed.group.WORLD))
+        trainer = {"group": distributed.group.WORLD}
+        trainer["itself"] = trainer
+        if main_ends_it:
+            distributed.destroy_process_group()
+
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    gc.disable()
+    try:
+        machinery.run(main, ppo.PPOConfig)
+        assert groups[0]() is None
+    finally:
+        gc.enable()
 
 
 @every_script

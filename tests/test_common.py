@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -123,6 +124,7 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(gpus, gpu, monkeypatch):
     try:
         machinery.setup_ranks()
         assert chosen == [gpu] and torch.get_float32_matmul_precision() == "high"
+        assert os.environ["LOCAL_RANK"] == str(gpu)  # DDP and barriers count GPUs from it
         assert "ACCELERATE_USE_CPU" not in os.environ
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -131,9 +133,26 @@ def test_each_rank_takes_the_gpu_of_its_local_rank(gpus, gpu, monkeypatch):
 def test_several_gpus_in_one_process_are_refused():
     """Trainer would split each batch among threads, which the losses here do not know."""
     with pytest.raises(InputError, match="--nproc_per_node 4"):
-        machinery.prepare_process(types.SimpleNamespace(n_gpu=4, report_to=[]))
+        machinery.prepare_process(arguments(n_gpu=4))
     for fine in (0, 1):
-        machinery.prepare_process(types.SimpleNamespace(n_gpu=fine, report_to=[]))
+        machinery.prepare_process(arguments(n_gpu=fine))
+
+
+def arguments(**settings):
+    """Of a Trainer, as far as `prepare_process` reads them."""
+    return types.SimpleNamespace(**{"n_gpu": 0, "report_to": [], "deepspeed": None, "fsdp": None,
+                                    "accelerator_config": types.SimpleNamespace(), **settings})
+
+
+def test_deepspeed_on_a_cpu_is_refused_before_a_model_is_loaded(tmp_path):
+    """accelerate takes plain DDP instead, without a word."""
+    config = arguments(deepspeed="zero2.json", device=torch.device("cpu"),
+                       output_dir=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="^deepspeed: .* --fsdp full_shard"):
+        machinery.start_run(config)
+    assert not (tmp_path / "out").exists()
+    config.device = torch.device("cuda:0")
+    machinery.prepare_process(config)
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -151,6 +170,14 @@ def test_any_error_inside_explain_becomes_one_sentence_with_its_place():
     with pytest.raises(InputError, match="AssertionError"):
         with common.explain("row 7"):  # an error without words still has a name
             assert not ROWS
+
+
+def test_explain_knows_torchs_error_of_checkpoints_in_shards():
+    """It is no Exception."""
+    from torch.distributed.checkpoint import CheckpointException
+    with pytest.raises(InputError, match="^checkpoint x can't be loaded: "):
+        with common.explain("checkpoint x can't be loaded"):
+            raise CheckpointException("load", {})
 
 
 def test_explain_leaves_a_sentence_and_an_interruption_as_they_are():
@@ -591,6 +618,21 @@ def test_a_dict_of_scores_and_a_label_of_a_function_are_refused(tmp_path):
         chats.load_reward(f"{tmp_path}/mine.py:f", "good")
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_language_model_is_no_reward(lora, tmp_path):
+    """Its score head would be drawn at random, on each rank another."""
+    folder = common.TOY / "model"
+    if lora:
+        from peft import LoraConfig, get_peft_model
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+        folder = tmp_path
+        get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(folder)
+    named = "CAUSAL_LM" if lora else "score.weight"
+    with pytest.raises(InputError, match=f"reward_model {folder} .*{named}.* reward.py"):
+        chats.load_reward(folder)
+
+
 def test_a_folder_that_is_not_there_is_no_reward(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}/nothing"):
         chats.load_reward(str(tmp_path / "nothing"))
@@ -629,6 +671,26 @@ def test_a_run_continues_in_the_folder_of_its_checkpoint_unless_another_is_given
     whole_checkpoints(tmp_path / "theirs", 1)
     with pytest.raises(InputError, match="theirs holds checkpoint-1 of an earlier run"):
         machinery.open_run(tmp_path / "theirs", mine, default)
+
+
+def test_one_command_starts_a_run_and_resumes_it(tmp_path):
+    """A cluster starts a job again with the command that it had."""
+    out = tmp_path / "out"
+    assert machinery.open_run(out, f"{out}/", "default") == (out, None)
+    whole_checkpoints(out, 3)
+    assert machinery.open_run(out, f"{out}/", "default") == (out, out / "checkpoint-3")
+    with pytest.raises(InputError, match="elsewhere"):
+        machinery.open_run(out, tmp_path / "elsewhere", "default")
+
+
+def test_copies_that_srun_starts_without_torchrun_are_refused(tmp_path, monkeypatch):
+    """They would write to one folder."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(InputError, match="^SLURM_STEP_NUM_TASKS=2: .*torchrun"):
+        machinery.open_run(tmp_path / "out", None, "default")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    machinery.open_run(tmp_path / "out", None, "default")
 
 
 def test_what_follows_a_checkpoint_is_cut_from_the_files_and_a_torn_line_with_it(tmp_path):
@@ -900,7 +962,7 @@ def test_a_resumed_journal_goes_on_after_the_checkpoint(run_folder, make_hf_mode
 
 
 def test_a_run_shorter_than_logging_steps_has_a_loss(make_hf_model, tmp_path):
-    train(make_hf_model("gpt2"), tmp_path, logging_steps=100)
+    train(make_hf_model("gpt2"), tmp_path, logging_steps=100, save_strategy="no")
     assert [row["update"] for row in lines(tmp_path) if "loss" in row] == [4]
 
 
@@ -973,6 +1035,16 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_in_its_folder(
         machinery.newest_checkpoint(run_folder)
 
 
+def test_a_damaged_shard_of_a_checkpoint_is_seen(run_folder):
+    shard = run_folder / "checkpoint-4" / "pytorch_model_fsdp_0" / "__0_0.distcp"
+    shard.parent.mkdir()
+    torch.save({"weights": torch.zeros(100)}, shard)
+    assert machinery.newest_checkpoint(run_folder) == run_folder / "checkpoint-4"
+    halve(shard)
+    with pytest.raises(InputError, match="checkpoint-4 is damaged"):
+        machinery.newest_checkpoint(run_folder / "checkpoint-4")
+
+
 @pytest.mark.parametrize("keep, best, left", [
     (None, None, [2, 4, 10]), (1, None, [10]), (2, None, [4, 10]), (1, "x/checkpoint-2", [2, 10]),
 ])
@@ -986,6 +1058,19 @@ def test_a_new_checkpoint_is_renamed_when_complete_and_old_ones_go(keep, best, l
             assert not (tmp_path / f"checkpoint-{number}").exists()
     found = [int(path.parent.name[11:]) for path in tmp_path.glob("checkpoint-*/state")]
     assert sorted(found) == left and (tmp_path / "checkpoint-1").exists()
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_checkpoint_of_another_run_is_not_overwritten_nor_left_to_be_resumed(number, tmp_path):
+    alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    whole_checkpoints(tmp_path, 4)
+    before = (tmp_path / "checkpoint-4" / "optimizer.pkl").read_bytes()
+    with pytest.raises(InputError, match="checkpoint-4 is of another run"):
+        with machinery.new_checkpoint(alone, tmp_path, number, []):
+            pass
+    with machinery.new_checkpoint(alone, tmp_path, 5, []):
+        pass
+    assert (tmp_path / "checkpoint-4" / "optimizer.pkl").read_bytes() == before
 
 
 def test_a_checkpoint_that_fails_leaves_the_one_before(tmp_path):

@@ -889,13 +889,15 @@ def test_a_resumed_run_reaches_the_same_numbers(use_lora, make_trainer, tmp_path
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_a_resumed_run_takes_the_learning_rate_of_its_own_config(use_lora, make_trainer, tmp_path):
+def test_a_resumed_run_takes_the_optimizer_of_its_own_config(use_lora, make_trainer, tmp_path):
     trainer = make_trainer(use_lora=use_lora, save_freq=1, train_adam_weight_decay=0.5)
     trainer.train(1)
     saved = trained_part(trainer)
-    cut = make_trainer(use_lora=use_lora, train_learning_rate=0.0, train_adam_weight_decay=0.5,
-                       resume_from=str(tmp_path / "out" / "checkpoint-1"))
+    cut = make_trainer(use_lora=use_lora, train_learning_rate=0.0, train_adam_weight_decay=0.25,
+                       train_adam_beta1=0.0, resume_from=str(tmp_path / "out" / "checkpoint-1"))
     assert torch.equal(saved, trained_part(cut))
+    (group,) = cut.optimizer.param_groups
+    assert group["weight_decay"] == 0.25 and group["betas"][0] == 0.0
     cut.train(2)
     assert cut.stats["global_step"] == 4 and torch.equal(saved, trained_part(cut))
 
@@ -911,9 +913,10 @@ def test_only_the_newest_checkpoints_are_kept(make_trainer, tmp_path):
 def test_project_kwargs_set_the_folder_of_checkpoints_and_their_number(make_trainer, tmp_path):
     project = {"project_dir": str(tmp_path / "mine"), "automatic_checkpoint_naming": True,
                "iteration": 1, "total_limit": 1}
-    trainer = make_trainer(save_freq=1, use_lora=True, project_kwargs=project)
+    trainer = make_trainer(save_freq=1, use_lora=True, output_dir=None, project_kwargs=project)
     trainer.train(2)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["checkpoint-2"]
+    found = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    assert found == ["checkpoint-2", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -1189,6 +1192,8 @@ def test_sizes_that_do_not_fit_are_refused(fields, words):
     ({"mixed_precision": "half"}, "mixed_precision='half'.*fp16"),
     ({"mixed_precision": "no", "bf16": True}, "bf16=True, and mixed_precision='no': give one"),
     ({"log_with": "paper"}, "log_with='paper'.*tensorboard"),
+    ({"tracker_kwargs": 5}, "tracker_kwargs=5: give a dict"),
+    ({"project_kwargs": [1]}, r"project_kwargs=\[1\]: give a dict"),
     ({"pictures_per_prompt": 2, "per_prompt_stat_tracking": True},
      "pictures_per_prompt=2.*per_prompt_stat_tracking")])
 def test_a_value_that_no_run_can_use_is_one_sentence(fields, words):
@@ -1200,6 +1205,7 @@ def test_a_value_that_no_run_can_use_is_one_sentence(fields, words):
     ({"sample_num_steps": 1001}, "sample_num_steps=1001.* 1000 timesteps"),
     ({"sample_num_steps": 1000}, "sample_num_steps=1000.* at most 999"),  # each is shifted by 1
     ({"accelerator_kwargs": {"gpu": True}}, "accelerator_kwargs=.*no argument gpu"),
+    ({"accelerator_kwargs": {"mixed_precision": "bf8"}}, "accelerator_kwargs=.*bf8.*'bf16'"),
     ({"project_kwargs": {"folder": "x"}}, "project_kwargs=.*no argument folder")])
 def test_what_the_scheduler_or_accelerate_can_not_do_is_one_sentence(fields, words, make_trainer):
     with pytest.raises(InputError, match=words) as error:

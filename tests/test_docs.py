@@ -80,7 +80,11 @@ def test_the_formula_counts_llama_3_1_8b(scaling):
     assert n.R == 2 * (32 * layer + vocabulary * D) + 4 * (vocabulary * D + 32 * 2 * D + D)
     assert scaling["weights"](n, reference=False) == 16 * n.P
     assert scaling["weights"](n) == 16 * n.P + n.R
-    assert scaling["weights"](n, ranks=8, ppo=True) == (16 * n.P + n.R) / 8 + 4 * n.P
+    assert scaling["weights"](n, ranks=2) == 18 * n.P + n.R  # and DDP's copies in bfloat16
+    shards = dict(ranks=8, sharded=True)
+    matrix, block = vocabulary * D, layer + 2 * D
+    assert scaling["weights"](n, **shards) == (16 * n.P + n.R) / 8 + 6 * matrix + 4 * block
+    assert scaling["weights"](n, **shards, ppo=True) == (12 * n.P + n.R) / 8 + 4 * n.P
     assert scaling["weights"](n, lora=True) == 2 * n.P + 20 * n.A
 
 

@@ -125,7 +125,8 @@ def test_peak_memory_is_what_the_page_counts():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ratios = [float(line.split("|")[-2]) for line in done.stdout.splitlines() if line[0] == "|"]
-    assert len(ratios) == 8 and ratios == pytest.approx([1] * 8, abs=0.1)
+    assert len(ratios) >= 8  # more with two devices
+    assert ratios == pytest.approx([1] * len(ratios), abs=0.1)
 
 
 # ----------------------------------------------------------------------------- a real chat model

@@ -901,15 +901,16 @@ def test_losses_that_are_not_logged_yet_are_in_the_checkpoint(make, tmp_path):
 
 
 def test_a_run_whose_last_step_is_in_the_checkpoint_can_be_finished(make, tmp_path):
-    """It was killed before the best model was loaded."""
+    """It was killed before the best model was loaded, and its folder was moved."""
     fields = {"parts": {"eval_dataset": as_dataset(tokens(3))}, "learning_rate": 10.0,
               "eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 2,
               "load_best_model_at_end": True}
     whole = make(**fields)
     for _ in range(2):
         whole.step(tokens(8, 8))
-    again = make(**fields)
-    again.load_checkpoint(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = make(**fields, output_dir=str(tmp_path / "moved"))
+    again.load_checkpoint(tmp_path / "moved" / "checkpoint-2")
     watch = watched(again)
     again.finish(), again.finish()
     (log,) = watch.logs

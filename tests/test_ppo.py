@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import accelerate
@@ -181,6 +182,8 @@ def test_an_old_name_sets_the_new_one(old, value, new, want):
     ({"target": -1}, "target=-1"),
     ({"horizon": 0.0}, "horizon=0"),
     ({"kl_penalty": "k3"}, "kl_penalty='k3'"),
+    *(({name: 5}, f"{name}=5: give a dict") for name in (
+        "tracker_kwargs", "accelerator_kwargs", "project_kwargs", "push_to_hub_if_best_kwargs")),
     ({"push_to_hub_if_best_kwargs": {"private": True}}, "push_to_hub_if_best_kwargs")])
 def test_a_wrong_configuration_is_refused_by_the_argument_s_name(wrong, named):
     with pytest.raises(ValueError, match=named):
@@ -1763,10 +1766,21 @@ def test_the_dataloader_draws_nothing_from_the_numbers_that_sample_responses(mak
     assert numbers == np.random.get_state()[1].tolist()
 
 
-def test_a_resume_with_another_number_of_rows_says_so(make_trainer, tmp_path):
-    make_trainer(dataset=DATASET).save_checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match="^rows=8: it was [0-9]+ up to the checkpoint"):
-        make_trainer(dataset=DATASET[:8]).load_checkpoint(tmp_path)
+@pytest.mark.parametrize("change", [
+    lambda rows: rows[:8],
+    lambda rows: [*rows[:-1], {**rows[-1], "query": "another"}],
+    lambda rows: [{**rows[0], "input_ids": torch.tensor([4, 5])}, *rows[1:]]],
+    ids=("fewer", "a text", "a tensor"))
+def test_a_resume_with_other_rows_says_so(change, make_trainer, tmp_path):
+    dataset = [{**row, "input_ids": torch.tensor(row["input_ids"])} for row in DATASET]
+    make_trainer(dataset=dataset).save_checkpoint(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer(dataset=list(dataset)).load_checkpoint(tmp_path)
+    rows = change(dataset)
+    said = rf"^rows={len(rows)} \(checksum .*\): it was {len(dataset)} .* up to the checkpoint"
+    with pytest.warns(UserWarning, match=said):
+        make_trainer(dataset=rows).load_checkpoint(tmp_path)
 
 
 def test_an_own_loop_resumes_at_its_place_in_the_data(make_trainer, make_batch, tmp_path):
@@ -1786,6 +1800,41 @@ def test_an_own_loop_resumes_at_its_place_in_the_data(make_trainer, make_batch, 
     resumed = make_trainer(dataset=DATASET)
     resumed.load_checkpoint(tmp_path / "checkpoint-3")
     assert batches(resumed, 2) == whole[3:]
+
+
+def test_a_pass_that_is_broken_off_goes_on_in_the_next_one(make_trainer, make_batch, tmp_path):
+    """Three batches per epoch, two per pass, and a look at one in front."""
+    def batches(trainer, n):
+        next(iter(trainer.dataloader))
+        found = []
+        while len(found) < n:
+            for batch in islice(trainer.dataloader, 2):
+                found.append(batch["answer"])
+                trainer.step(*make_batch())
+                if trainer.current_step == 2:
+                    trainer.save_checkpoint(tmp_path)
+                if len(found) == n:
+                    break
+        return found
+
+    rows = [{"input_ids": [i, i], "answer": i} for i in range(4, 17)]
+    loader = make_trainer(dataset=rows).dataloader
+    straight = [batch["answer"] for _ in range(3) for batch in loader]
+    assert batches(make_trainer(dataset=rows), 7) == straight[:7]
+    resumed = make_trainer(dataset=rows)
+    resumed.load_checkpoint(tmp_path / "checkpoint-2")
+    assert batches(resumed, 5) == straight[2:7]
+
+
+def test_a_pass_after_a_whole_one_is_whole_however_many_steps_there_were(
+        make_trainer, make_batch):
+    trainer = make_trainer(dataset=DATASET)
+    for _ in range(2):
+        batches = list(trainer.dataloader)
+        assert len(batches) == 2
+        trainer.step(*make_batch())
+    extra = trainer.prepare_dataloader(DATASET)
+    assert len(list(extra)) == len(list(extra)) == 2
 
 
 def test_a_collator_of_one_s_own_makes_the_batches(make_trainer):
@@ -1966,6 +2015,25 @@ def test_the_policy_is_pushed_when_its_raw_score_is_the_best(
     assert when == pushed_at and set(hub.repositories) == {("me/best", True)}
 
 
+def test_an_upload_that_fails_is_warned_of_and_the_next_best_score_tries_again(
+        make_trainer, make_batch, hub, monkeypatch):
+    def no_network(self, repo_id, **kwargs):
+        raise OSError("503 for me/best\nretry later")
+
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "me/best", "token": "secret"})
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.HfApi, "create_repo", no_network)
+        with pytest.warns(UserWarning, match="push_to_hub_if_best_kwargs.*503 for me/best") as said:
+            step_with_scores(trainer, make_batch, 7.0, 7.0)
+    (said,) = [str(w.message) for w in said if "push_to_hub" in str(w.message)]
+    assert "\n" not in said and "secret" not in said
+    assert trainer.current_step == 1 and not hub.commits
+    step_with_scores(trainer, make_batch, 5.0, 5.0)  # the best of those that arrive
+    assert len(hub.commits) == 1
+    step_with_scores(trainer, make_batch, 4.0, 4.0)
+    assert len(hub.commits) == 1
+
+
 def test_a_resumed_run_remembers_the_best_score(make_trainer, make_batch, hub, tmp_path):
     settings = {"push_to_hub_if_best_kwargs": {"repo_id": "me/best"}}
     one, two = make_trainer(**settings), make_trainer(**settings)
@@ -2041,6 +2109,37 @@ def test_a_resumed_run_learns_at_the_rate_it_is_given(make_trainer, make_batch, 
     slower = make_trainer(learning_rate=1e-6)
     slower.load_checkpoint(tmp_path / "checkpoint-1")
     assert slower.step(*make_batch())["ppo/learning_rate"] == 1e-6
+
+
+def test_a_resumed_run_takes_the_kl_coefficient_of_its_config_unless_it_adapts(
+        make_trainer, make_batch, tmp_path):
+    trainer = make_trainer(adap_kl_ctrl=True, init_kl_coef=0.2, target=0.1, horizon=10)
+    trainer.step(*make_batch())
+    trainer.save_checkpoint(tmp_path)
+    adapted = make_trainer(adap_kl_ctrl=True, init_kl_coef=0.9)
+    fixed = make_trainer(adap_kl_ctrl=False, init_kl_coef=0.9)
+    for resumed, expected in (adapted, trainer.kl_ctl.value), (fixed, 0.9):
+        resumed.load_checkpoint(tmp_path / "checkpoint-1")
+        assert resumed.step(*make_batch())["objective/kl_coef"] == expected != 0.2
+
+
+def test_a_resumed_run_writes_over_the_damaged_checkpoint_that_it_passed_over(
+        make_trainer, make_batch, tmp_path):
+    trainer = make_trainer(save_total_limit=2)
+    for _ in range(2):
+        trainer.step(*make_batch())
+        trainer.save_checkpoint(tmp_path)
+    (tmp_path / "checkpoint-2" / "optimizer.bin").unlink()
+    resumed = make_trainer(save_total_limit=2)
+    with pytest.warns(UserWarning, match="passed over checkpoint-2"):
+        resumed.load_checkpoint(tmp_path)
+    resumed.step(*make_batch())
+    resumed.save_checkpoint(tmp_path)
+    assert (tmp_path / "checkpoint-2" / "optimizer.bin").exists()
+    with pytest.raises(InputError, match="checkpoint-2 is of another run"):
+        trainer = make_trainer()
+        trainer.step(*make_batch())
+        trainer.save_checkpoint(tmp_path)
 
 
 def test_the_newest_checkpoint_alone_is_kept(make_trainer, make_batch, tmp_path):

@@ -4,6 +4,7 @@ Comparisons with one process: the two add the same float32 numbers in another or
 sum by about 1e-6 of itself, and what an update adds to a weight by about 1e-4 of itself, since the
 weight is a thousand times larger. Allowed is 1e-3."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_ranks_hold_different_rows_in_another_order_in_every_epoch(both):
 def test_each_rank_draws_its_own_samples_from_the_same_weights(both):
     first, second = (rank["own loop"] for rank in both)
     assert not torch.equal(first["first draw"], second["first draw"])
-    torch.manual_seed(3)
+    torch.manual_seed(ranks.LARGEST_SEED)
     assert torch.equal(first["first draw"], torch.rand(3))  # config.seed, not what was drawn before
     assert torch.equal(first["head"], second["head"])
 
@@ -183,6 +184,10 @@ def test_gather_stats_takes_means_of_numbers_and_joins_vectors(both):
 
 def test_unequal_numbers_of_rows_are_an_error_on_every_rank(both):
     assert all("[2, 1]" in rank["own loop"]["unequal rows"] for rank in both)
+
+
+def test_no_rank_takes_over_a_best_score_whose_upload_failed(both):
+    assert [rank["own loop"]["best score pushed"] for rank in both] == [-math.inf] * 2
 
 
 # ---------------------------------------------------------------------------------- the script

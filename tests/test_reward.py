@@ -1005,6 +1005,11 @@ def test_a_run_that_is_resumed_ends_with_the_same_losses_and_weights(make_traine
         assert torch.equal(one, two)
 
 
+def test_each_rank_reads_a_stream_itself(make_trainer):
+    """The main rank can't send the others rows of unequal length."""
+    assert make_trainer().accelerator.dispatch_batches is False
+
+
 def test_the_best_model_is_loaded_at_the_end(make_trainer):
     trainer = make_trainer(eval_dataset=pairs(seed=1), max_steps=4, eval_strategy="steps",
                            eval_steps=1, save_strategy="steps", save_steps=1,

@@ -1088,8 +1088,11 @@ def test_a_learning_rate_of_0_is_taken(make_configured):
 
 
 def test_settings_without_effect_are_named(make_configured, make_sft, tokenizer):
-    with pytest.raises(InputError, match="load_best_model_at_end.*eval_dataset"):
-        make_configured([{"text": "w4 w5"}], load_best_model_at_end=True, save_strategy="epoch")
+    for needs in ({"load_best_model_at_end": True, "save_strategy": "epoch"},
+                  {"save_strategy": "best", "metric_for_best_model": "loss"},
+                  {"eval_on_start": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}):
+        with pytest.raises(InputError, match=f"^{next(iter(needs))}=.*eval_dataset"):
+            make_configured([{"text": "w4 w5"}], **needs)
     with pytest.raises(InputError, match="assistant_only_loss"):
         make_configured([{"text": "w4 w5"}], assistant_only_loss=True)
     collator = DataCollatorForCompletionOnlyLM("w11", tokenizer=tokenizer)

@@ -237,7 +237,12 @@ def test_a_killed_run_resumes_to_exactly_the_same_numbers(tmp_path, monkeypatch)
 
 
 RESUMED = {"packed": {"packing": True, "max_seq_length": 40}, "LoRA": {"lora_r": 4},
-           "accumulated": {"gradient_accumulation_steps": 2}}
+           "accumulated": {"gradient_accumulation_steps": 2},
+           "saved by epoch": {"save_strategy": "epoch", "logging_steps": 3, "eval_dataset": FEW,
+                              "eval_strategy": "no", "eval_on_start": True},
+           "saved if best": {"save_strategy": "best", "metric_for_best_model": "loss",
+                             "eval_strategy": "steps", "eval_steps": 4, "eval_dataset": FEW,
+                             "logging_steps": 3}}
 
 
 @pytest.mark.parametrize("kind", RESUMED)
@@ -247,15 +252,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(kind, tmp_path, monk
     main(small(tmp_path / "whole", **fields))
     steps = metrics(tmp_path / "whole")[-1]["update"]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for folder in (tmp_path / "cut").glob("checkpoint-*"):  # as though killed after the first
-        if folder.name != "checkpoint-3":
-            shutil.rmtree(folder)
+    first, *later = sorted((tmp_path / "cut").glob("checkpoint-*"),
+                           key=lambda folder: int(folder.name[11:]))
+    for folder in later:  # as though killed after the first
+        shutil.rmtree(folder)
     taken, step = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args, **kwargs: (
         taken.append(1) or step(self, *args, **kwargs)))
     main(small(tmp_path / "cut", **fields, resume_from_checkpoint=str(tmp_path / "cut")))
-    assert len(taken) == steps - 3  # it does not start again
-    assert steps > 4 and metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert later and len(taken) == steps - int(first.name[11:])  # it does not start again
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------------- two ranks
@@ -613,6 +619,19 @@ def test_the_metrics_returned_are_of_the_model_that_is_saved(kind, tmp_path, bui
     assert f"| eval_loss | {returned['eval_loss']:.4g} |" in (tmp_path / "README.md").read_text()
 
 
+def test_an_evaluation_has_all_rows_though_training_drops_the_last_ones(tmp_path):
+    seen = [main(small(tmp_path / str(drop), eval_dataset=FEW, eval_strategy="no",
+                       dataloader_drop_last=drop))["eval_loss"] for drop in (False, True)]
+    assert seen[0] == seen[1] > 0  # all 40 rows are less than a batch of 64
+
+
+def test_an_evaluation_in_bfloat16_leaves_what_is_saved_as_it_was_trained(tmp_path):
+    """Trainer converts the model itself."""
+    main(small(tmp_path, eval_dataset=FEW, eval_strategy="no", bf16_full_eval=True))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {weights.dtype for weights in saved.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype, want", [("float32", torch.float32), ("bfloat16", torch.bfloat16),
                                          ("auto", torch.float16)])
 def test_torch_dtype_is_the_type_of_the_weights(dtype, want, tmp_path, built):
@@ -767,6 +786,19 @@ def test_a_finished_run_that_is_resumed_changes_nothing_unless_it_is_to_go_on(tm
     assert [row["update"] for row in lines(tmp_path / "samples.jsonl")] == [0] * 5 + [4] * 5
 
 
+@pytest.mark.parametrize("change, sentence", [
+    ({"lora_r": 4}, "^lora_r=4: the checkpoint goes on with 0"),
+    ({"learning_rate": 1e-7}, "^learning_rate=1e-07: the checkpoint goes on with 0.0"),
+    # epochs would be of other updates than so far
+    ({"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 2},
+     "gradient_accumulation_steps = 2: an update took 4 rows"),
+])
+def test_what_a_resume_cannot_change_is_refused(change, sentence, saved_run):
+    with pytest.raises(InputError, match=sentence):
+        main(small(saved_run, **{"max_steps": 9, "resume_from_checkpoint": str(saved_run),
+                                 **change}))
+
+
 def test_a_resume_with_other_batches_or_data_says_so(saved_run, tmp_path):
     shutil.copytree(saved_run, tmp_path / "out")
     with pytest.warns(UserWarning) as found:
@@ -775,7 +807,7 @@ def test_a_resume_with_other_batches_or_data_says_so(saved_run, tmp_path):
                    resume_from_checkpoint=str(tmp_path / "out")))
     said = "\n".join(str(warning.message) for warning in found)
     assert "per_device_train_batch_size=2: it was 4 up to the checkpoint" in said
-    assert "/rows.jsonl: it was " in said and "rows=9: it was " in said
+    assert "/rows.jsonl: it was " in said and "rows=9 (checksum " in said
 
 
 def test_a_fresh_run_refuses_a_folder_with_checkpoints(saved_run):

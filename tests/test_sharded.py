@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_ranks import metrics, once, torchrun
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = "GPT2Block"
@@ -24,8 +26,10 @@ LAYERS = {"transformer_layer_cls_to_wrap": [BLOCK]}
 SHARD_TRAINER = ["--fsdp", "full_shard", "--fsdp-config", json.dumps(LAYERS)]
 # only one rank loads the weights: accelerate takes tied ones apart, and ties them again
 ONE_LOADS_PPO = {**SHARD_PPO, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+IN_PARTS_PPO = {**ONE_LOADS_PPO, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
 ONE_LOADS_TRAINER = ["--fsdp", "full_shard",
-                     "--fsdp-config", json.dumps({**LAYERS, "cpu_ram_efficient_loading": True})]
+                     "--fsdp-config", json.dumps({**LAYERS, "cpu_ram_efficient_loading": True,
+                                                  "state_dict_type": "SHARDED_STATE_DICT"})]
 TRAINER = ["--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2,
            "--max-steps", 3, "--eval-strategy", "no"]
 # One prompt of PPO's is answered at a time: ranks then call the model unequally often. Optimizer
@@ -45,7 +49,23 @@ FEW_STEPS = {
 DATA = {"sft.py": "reviews.jsonl", "reward.py": "pairs.jsonl", "dpo.py": "pairs.jsonl"}
 HAVE_REFERENCE = {"ppo.py": ("objective/kl", 0), "dpo.py": ("loss", math.log(2))}
 LORA = ["--lora-r", 2, "--torch-dtype", "bfloat16", "--bf16"]
-REFUSED = {"version 1": ([], {"FSDP_VERSION": "1"}), "two types": (LORA[2:4], {})}
+SAVED = {"lora-full": SHARD_PPO, "lora-parts": IN_PARTS_PPO, "lora-iterative": SHARD_TRAINER}
+# the encoder's and the decoder's embeddings are modules of their own, of one weight
+T5_PPO = {**SHARD_PPO, "FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}
+T5_TRAINER = ["--fsdp", "full_shard",
+              "--fsdp-config", json.dumps({"transformer_layer_cls_to_wrap": ["T5Block"]})]
+REFUSED = {"version 1": ([], {"FSDP_VERSION": "1"}), "two types": (LORA[2:4], {}),
+           "renamed modules": (LORA, {"FSDP_ACTIVATION_CHECKPOINTING": "true"})}
+
+
+def make_t5(folder):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/model")
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        pad_token_id=0, decoder_start_token_id=0, eos_token_id=tokenizer.eos_token_id,
+    )).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def runs(folder):
@@ -70,10 +90,26 @@ def runs(folder):
             yield f"{script}-bf16", script, [*flags, "--bf16"], how
             yield f"{script}-lora-whole", script, [*flags, *LORA], None
             yield f"{script}-lora-shards", script, [*flags, *LORA], how
-    lora = [*PPO, "--save-freq", 1, "--lora-r", 2, "--query-dataset", prompts, "--steps"]
-    yield "lora-whole", "ppo.py", [*lora, 16], None
-    yield "lora-cut", "ppo.py", [*lora, 8], SHARD_PPO
-    yield "lora-cut", "ppo.py", [*lora, 16, "--resume-from", folder / "lora-cut"], SHARD_PPO
+    lora = ["--lora-r", 2, "--save-total-limit", 2]
+    pushed = ["--push-to-hub-if-best-kwargs", '{"repo_id": "me/best"}']  # there is no network
+    lora_ppo = [*PPO, "--steps", 16, "--save-freq", 1, "--query-dataset", prompts, *lora, *pushed]
+    yield "lora-whole", "ppo.py", lora_ppo, None
+    for name, how in SAVED.items():
+        script, flags, resume = "ppo.py", lora_ppo, "--resume-from"
+        if name == "lora-iterative":
+            script, resume = "iterative_sft.py", "--resume-from-checkpoint"
+            flags = [*FEW_STEPS[script][2:], "--prompts-per-round", 2, "--save-steps", 1, *lora]
+        yield name, script, flags, how
+        yield f"{name}-resumed", script, [*flags, resume, folder / name / "checkpoint-1"], how
+    make_t5(folder / "t5")
+    t5 = [*PPO, "--save-freq", 1, "--query-dataset", prompts, "--model-name", folder / "t5"]
+    yield "ppo.py-t5-whole", "ppo.py", [*t5, "--steps", 16], None
+    yield "ppo.py-t5-shards", "ppo.py", [*t5, "--steps", 8], T5_PPO
+    yield "ppo.py-t5-shards", "ppo.py", [
+        *t5, "--steps", 16, "--resume-from", folder / "ppo.py-t5-shards"], T5_PPO
+    t5 = [*TRAINER, "--dataset", folder / "few_pairs.jsonl", "--model-name", folder / "t5"]
+    yield "dpo.py-t5-whole", "dpo.py", t5, None
+    yield "dpo.py-t5-shards", "dpo.py", t5, T5_TRAINER
     for name, (flags, env) in REFUSED.items():
         yield name, "ppo.py", [*PPO, *flags], {**SHARD_PPO, **env}
 
@@ -123,6 +159,8 @@ def test_weights_in_shards_learn_what_whole_ones_do(script, job):
     start = load_file(ROOT / START.get(script, "toy/model") / "model.safetensors")
     assert whole.keys() == start.keys() == shards.keys()
     assert distance(whole, shards) < 1e-3 * distance(whole, start)
+    if script != "ppo.py":  # checkpoints are in shards, as the configuration says
+        assert list(job.glob(f"{script}-shards/checkpoint-*/**/*.distcp"))
 
 
 def test_ppo_on_shards_logs_what_it_logs_with_whole_weights(job):
@@ -132,13 +170,37 @@ def test_ppo_on_shards_logs_what_it_logs_with_whole_weights(job):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-def test_ppo_on_shards_resumes_and_saves_an_adapter(job):
+def test_ppo_on_shards_trains_and_saves_an_adapter(job):
     name = "adapter_model.safetensors"
-    whole, cut = load_file(job / "lora-whole" / name), load_file(job / "lora-cut" / name)
-    assert whole.keys() == cut.keys()
+    whole, shards = load_file(job / "lora-whole" / name), load_file(job / "lora-full" / name)
+    assert whole.keys() == shards.keys()
     moved = torch.cat([weights.flatten() for key, weights in whole.items()
                        if "lora_B" in key])  # from zero
-    assert distance(whole, cut) < 1e-3 * moved.norm().item()
+    assert distance(whole, shards) < 1e-3 * moved.norm().item()
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_checkpoint_of_shards_holds_what_trains_and_resumes_to_the_same_bits(name, job):
+    checkpoint = job / name / "checkpoint-1"
+    if name == "lora-parts":
+        folder = FileSystemReader(checkpoint / "pytorch_model_fsdp_0")
+        saved = folder.read_metadata().state_dict_metadata
+    else:
+        saved = torch.load(checkpoint / "pytorch_model_fsdp.bin")
+    assert all("lora_" in key or "v_head." in key for key in saved)
+    whole, resumed = (load_file(job / run / "adapter_model.safetensors")
+                      for run in (name, f"{name}-resumed"))
+    assert len(saved) >= len(whole) == len(resumed) > 0
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("script", HAVE_REFERENCE)
+def test_an_encoder_decoder_in_shards_learns_what_whole_ranks_do(script, job):
+    whole, shards = (load_file(job / f"{script}-t5-{how}" / "model.safetensors")
+                     for how in ("whole", "shards"))  # PPO's shards are saved and resumed
+    start = load_file(job / "t5/model.safetensors")
+    assert whole.keys() == start.keys() == shards.keys()
+    assert distance(whole, shards) < 1e-3 * distance(whole, start)
 
 
 @pytest.mark.parametrize("script", [*DATA, "ppo.py"])
@@ -176,6 +238,7 @@ def test_all_weights_in_shards_learn_nearly_the_same_in_bfloat16(script, job):
 @pytest.mark.parametrize("name, sentence", [
     ("version 1", "InputError: fsdp_version=1 (accelerate's or Trainer's configuration): only "
                   "FSDP 2 is supported"),
+    ("renamed modules", "InputError: activation_checkpointing (of FSDP's configuration)"),
     ("two types", "InputError: torch_dtype=bfloat16 and float32: FSDP trains weights of one type"),
 ])
 def test_what_fsdp_cannot_shard_is_refused(name, sentence, job):
