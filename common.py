@@ -57,7 +57,7 @@ def explain(what, place=""):
         if place:
             raise InputError(f"{place}: {error}") from error
         raise
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
+    except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = f"{type(error).__name__}, {Path(frame.filename).name}:{frame.lineno}"
@@ -206,7 +206,7 @@ def check_finite(loss, done, of="optimizer steps"):
     """Raise InputError if the loss is not finite. done, of: such as 12 and "PPO updates"."""
     if not torch.isfinite(loss):
         raise InputError(f"the loss is {loss.item()} after {done} {of}: look at the data, or "
-                         "start again with a lower learning rate")
+                         "give a lower learning rate")
 
 
 def split(rows, size):

@@ -646,8 +646,9 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         metrics = speed_metrics("train", self.start_time, num_steps=steps - self.first_step)
         self.log({**metrics, "train_loss": self.losses["sum"] / max(steps, 1)})
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            best = Path(self.state.best_model_checkpoint).name  # the folder may have been moved
-            self.load_state(Path(self.args.output_dir, best))
+            best = self.state.best_model_checkpoint
+            moved = Path(self.args.output_dir, Path(best).name)  # the run's folder may have been
+            self.load_state(moved if moved.is_dir() else best)
         if self.noise_hook is not None:
             deactivate_neftune(self.model, self.noise_hook, self.accelerator)
         self.call_back("on_train_end")
@@ -706,7 +707,7 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         Call before the first `step`. Restores weights, optimizer, schedule, random numbers and
         counters."""
         path = machinery.newest_checkpoint(path)
-        self.own_checkpoints = machinery.checkpoints(path.resolve().parent)
+        self.own_checkpoints = machinery.checkpoints_up_to(path)
         with explain(f"checkpoint {path} can't be loaded; give an older one, or start again"):
             state = TrainerState.load_from_json(str(Path(path, "trainer_state.json")))
             self.losses = json.loads(Path(path, "losses.json").read_text())

@@ -244,8 +244,8 @@ def run(main, config_class, toy="", own="", lora=""):
         get_error_handler().record_exception(InputError(sentence))  # torchrun prints it last
         leave_group(sentence)
         sys.exit(sentence)
-    # A group of gloo's and its threads end when nothing holds the group any more: neither torch nor
-    # the trainer, which holds itself. A thread that outlives Python would abort the process.
+    # Free the trainer, which holds itself: gloo's threads end only with the last reference to their
+    # group, and a thread that outlives Python aborts the process.
     gc.collect()
     # only after success: while another rank waits in a collective, this call could wait for it
     if torch.distributed.is_initialized():
@@ -623,8 +623,8 @@ def share_embeddings(model):
     """Let both stacks of an encoder-decoder call one module if their embeddings share a weight.
 
     FSDP 2 shards input and output embeddings together, and refuses a third module of their weight.
-    The model computes the same and saves the same file. In `state_dict()` the weight loses a name
-    with each module: torch can't load shards of a module that has two names."""
+    The model computes the same and saves the same file. `state_dict()` lists the weight once per
+    remaining module: torch can't load shards of a module that has two names."""
     embeddings = model.get_input_embeddings()
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
@@ -690,11 +690,13 @@ def open_run(output_dir, resume_from, default):
     output_dir: None: the folder of the checkpoint; for a fresh run, `default`."""
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         raise InputError(f"SLURM_STEP_NUM_TASKS={os.environ['SLURM_STEP_NUM_TASKS']}: srun started "
-                         "as many runs, all in one folder; let it start torchrun, once per node "
+                         "as many separate runs; let it start torchrun, once per node "
                          "(docs/scaling.md), or unset the variable")
-    begins = output_dir and resume_from and (
-        Path(output_dir).resolve() == Path(resume_from).resolve() and not checkpoints(output_dir))
-    checkpoint = newest_checkpoint(resume_from) if resume_from and not begins else None
+    own_folder = Path(output_dir or default).resolve()
+    if resume_from and Path(resume_from).resolve() == own_folder and not checkpoints(own_folder):
+        print_once(f"{resume_from} holds no checkpoint yet: the run starts")
+        resume_from = None
+    checkpoint = newest_checkpoint(resume_from) if resume_from else None
     out = Path(output_dir or (checkpoint.parent if checkpoint else default))
     continues = checkpoint is not None and checkpoint.parent.resolve() == out.resolve()
     newest = [folder.name for folder in checkpoints(out)[-1:]]
@@ -740,6 +742,12 @@ def checkpoints(path):
     found = [folder for folder in Path(path).glob("checkpoint-*") if folder.name[11:].isdigit()]
     return sorted(found, key=lambda folder: int(folder.name[11:]))
 
+
+def checkpoints_up_to(path):
+    """List a run's checkpoints up to `path`, from which it is resumed, oldest first."""
+    path = Path(path).resolve()
+    found = checkpoints(path.parent)
+    return found[:found.index(path) + 1] if path in found else []
 
 
 def newest_checkpoint(path):
@@ -793,13 +801,14 @@ def new_checkpoint(accelerator, folder, number, own, keep=None, best=None):
     It gets this name when it is complete: a run that is killed meanwhile has the one before.
     own: the run's checkpoints, oldest first. The new one is appended; all but the last `keep`
     (None: all) and the one whose path is `best` are removed. No other checkpoint is removed.
-    Raises InputError if the folder holds another's of this or a larger number."""
+    Raises InputError if the first one finds another run's of this or a larger number."""
     folder = Path(folder).resolve()
     final, aside = folder / f"checkpoint-{number}", folder / "checkpoint.tmp"
-    for newest in checkpoints(folder)[-1:]:
-        if newest not in own and int(newest.name[11:]) >= number:  # a resume would take it
-            raise InputError(f"{newest} is of another run: load it, save to another folder, or "
-                             "remove it")
+    if not any(path.parent == folder for path in own):  # the run's first one here
+        for newest in checkpoints(folder)[-1:]:
+            if int(newest.name[11:]) >= number:
+                raise InputError(f"{newest} is there already, and a resume would take it: load it, "
+                                 "save to another folder, or remove it")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -858,16 +867,19 @@ def data_order(config, **more):
 
 
 def identify(rows):
-    """Return how many rows there are, with a checksum of about 100 of them: a resume compares it.
+    """Return the number of rows, and a checksum of about 100 of them: a resume compares both.
 
     Rows of a class of the user's may be drawn as they are read: these are only counted."""
     from datasets import Dataset
+    if rows is None:
+        return {}
     if not isinstance(rows, (list, Dataset)):
-        return None if rows is None else str(len(rows))
-    some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 100))]
+        return {"rows": len(rows)}
+    plain = rows.with_format(None) if isinstance(rows, Dataset) else rows  # without a transform
+    some = [plain[i] for i in range(0, len(rows), max(1, len(rows) // 100))]
     text = json.dumps(some, default=lambda value: value.tolist() if torch.is_tensor(value)
                       else type(value).__name__)
-    return f"{len(rows)} (checksum {zlib.crc32(text.encode()):08x})"
+    return {"rows": len(rows), "checksum_of_rows": f"{zlib.crc32(text.encode()):08x}"}
 
 
 def warn_of_other_order(saved, now):
@@ -1066,11 +1078,12 @@ def start_run(config):
         is_over = state["epoch"] >= config.num_train_epochs
         if config.max_steps > 0:
             is_over = state["global_step"] >= config.max_steps
+        config.eval_on_start = False  # the first start has evaluated
         if is_over:
             # only the end of the run is left; within an epoch Trainer would take one more update
-            config.max_steps, config.num_train_epochs = -1, int(state["epoch"])
-        config.eval_on_start = False  # the run has done it
-        check_resume(config, state)
+            config.max_steps, config.num_train_epochs = -1, 0
+        else:
+            check_resume(config, state)
     set_seed(config.seed)  # a fresh head or adapter is the same on all ranks
     return out, checkpoint and str(checkpoint)
 
@@ -1085,7 +1098,9 @@ def check_resume(config, state):
         if name in saved and saved[name] != now[name] != "None":
             raise InputError(f"{name}={now[name]}: the checkpoint goes on with {saved[name]}; give "
                              "the same, or start again")
-    sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    sizes = ["world_size", "per_device_train_batch_size", "gradient_accumulation_steps"]
+    if hasattr(config, "prompts_per_round"):  # of each rank
+        del sizes[0]
     before, rows = (math.prod(int(order[name]) for name in sizes) for order in (saved, now))
     if before != rows and config.max_steps <= 0:  # Trainer counts epochs in updates
         raise InputError(f"{' x '.join(sizes)} = {rows}: an update took {before} rows up to the "
@@ -1174,10 +1189,12 @@ class ShardedTrainer:
         if plugin and not _internal_call:  # a checkpoint keeps the type of the configuration
             configured = plugin.state_dict_type
             plugin.set_state_dict_type("FULL_STATE_DICT")
-        with tied_weights_once(self.model):
-            super().save_model(output_dir, _internal_call)
-        if plugin and not _internal_call:
-            plugin.set_state_dict_type(configured)
+        try:
+            with tied_weights_once(self.model):
+                super().save_model(output_dir, _internal_call)
+        finally:
+            if plugin and not _internal_call:
+                plugin.set_state_dict_type(configured)
 
 
 class TokenMeanEvaluation:
@@ -1233,7 +1250,7 @@ class Journal(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         main = state.is_world_process_zero
-        self.order = data_order(args, rows=self.rows)
+        self.order = data_order(args, **self.rows)
         lines = {"metrics.jsonl": 0}
         if state.global_step and "Journal" in state.stateful_callbacks:
             saved = state.stateful_callbacks["Journal"]["attributes"]
@@ -1353,7 +1370,7 @@ class LoopTrainer:
     def data_order(self):
         """Return what the order of the data depends on, the number of ranks and rows included."""
         return data_order(self.config, world_size=self.accelerator.num_processes,
-                          rows=identify(self.dataset))
+                          **identify(self.dataset))
 
     def state_dict(self):
         """Return the lines that a resumed run keeps of its files, and the order of the data."""
@@ -1389,8 +1406,8 @@ class LoopTrainer:
         The optimizer's settings stay the config's; a scheduler sets the learning rate. Raises
         InputError."""
         path = newest_checkpoint(path)
-        restored = {"params", "lr", "initial_lr"} if self.lr_scheduler else {"params"}
-        settings = [{name: value for name, value in group.items() if name not in restored}
+        kept = {"betas", "eps", "weight_decay"} | (set() if self.lr_scheduler else {"lr"})
+        settings = [{name: group[name] for name in kept & group.keys()}
                     for group in self.optimizer.param_groups]
         with explain(f"checkpoint {path} can't be loaded; resume with the flags of its run"):
             # strict=False: layers in 8 bits save names that they do not load
@@ -1398,6 +1415,6 @@ class LoopTrainer:
             rank = self.accelerator.process_index
             if rank < int(self.saved_order["world_size"]):  # accelerate goes on without it
                 zipfile.ZipFile(path / f"random_states_{rank}.pkl").close()
-        self.own_checkpoints = checkpoints(path.resolve().parent)
+        self.own_checkpoints = checkpoints_up_to(path)
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)

@@ -1065,7 +1065,7 @@ def test_a_checkpoint_of_another_run_is_not_overwritten_nor_left_to_be_resumed(n
     alone = types.SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
     whole_checkpoints(tmp_path, 4)
     before = (tmp_path / "checkpoint-4" / "optimizer.pkl").read_bytes()
-    with pytest.raises(InputError, match="checkpoint-4 is of another run"):
+    with pytest.raises(InputError, match="checkpoint-4 is there already"):
         with machinery.new_checkpoint(alone, tmp_path, number, []):
             pass
     with machinery.new_checkpoint(alone, tmp_path, 5, []):
