@@ -647,8 +647,8 @@ class IterativeSFTTrainer(machinery.TokenMeanEvaluation, machinery.ShardedTraine
         self.log({**metrics, "train_loss": self.losses["sum"] / max(steps, 1)})
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             best = self.state.best_model_checkpoint
-            moved = Path(self.args.output_dir, Path(best).name)  # the run's folder may have been
-            self.load_state(moved if moved.is_dir() else best)
+            here = Path(self.args.output_dir, Path(best).name)  # if the run's folder was moved
+            self.load_state(here if here.is_dir() else best)
         if self.noise_hook is not None:
             deactivate_neftune(self.model, self.noise_hook, self.accelerator)
         self.call_back("on_train_end")

@@ -120,7 +120,8 @@ def prepare_process(args):
         raise InputError("deepspeed: accelerate starts no DeepSpeed on a CPU; take GPUs, or shard "
                          "the model with --fsdp full_shard")
     if args.fsdp:
-        os.environ["ACCELERATE_USE_FSDP"] = "true"  # Trainer's accelerator says so too late
+        # Trainer's accelerator sets it, but only after prepare_training has looked at it
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
     if not torch.cuda.is_available():
         keep_freed_memory()
 
@@ -1185,15 +1186,16 @@ class ShardedTrainer:
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Write the model as Trainer does, whole under FSDP too. Call on every rank."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin and not _internal_call:  # a checkpoint keeps the type of the configuration
+        plugin = None  # of FSDP; a checkpoint keeps the type of its configuration
+        if self.is_fsdp_enabled and not _internal_call:
+            plugin = self.accelerator.state.fsdp_plugin
             configured = plugin.state_dict_type
             plugin.set_state_dict_type("FULL_STATE_DICT")
         try:
             with tied_weights_once(self.model):
                 super().save_model(output_dir, _internal_call)
         finally:
-            if plugin and not _internal_call:
+            if plugin:
                 plugin.set_state_dict_type(configured)
 
 
